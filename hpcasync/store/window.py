@@ -1,0 +1,131 @@
+"""The store of one node: state and locks in shared-memory windows, locks by compare-and-swap."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from hpcasync.comm.agree import raise_together
+from hpcasync.comm.world import World
+from hpcasync.errors import UsageError
+from hpcasync.rules import Rule
+from hpcasync.store.base import Store
+from hpcasync.store.layout import Layout
+
+LINE = 8
+"""int64 words per cache line: each shard and each rank has a line of its own."""
+
+LOCK, VERSION, WRITER = 0, 1, 2  # words of a shard's line
+CLOCK = 0  # word of a rank's line
+
+
+class WindowStore(Store):
+    """Shared state in windows of one node (``Win.Allocate_shared``). Constructor and ``close`` are collective.
+
+    The first rank of the node holds the memory, all others map it. One ``Lock_all`` epoch lasts for the life of the
+    window; a shard's lock is a word that holds its owner's rank + 1, taken by ``Compare_and_swap``. ``MPI_Win_lock`` is
+    never used: it would wait until the holder of the memory enters MPI.
+
+    Args:
+        world: the ranks; all must be on one node.
+        layout: where each parameter lies.
+        rule: what a gradient does.
+        threads: shards that one push works on at a time.
+
+    Raises:
+        UsageError: several nodes; shared memory too small.
+    """
+
+    def __init__(self, world: World, layout: Layout, rule: Rule, *, threads: int = 1) -> None:
+        from mpi4py import MPI
+
+        if world.nodes > 1:
+            raise UsageError(
+                f"asynchronous mode on {world.nodes} nodes: the window spans one node in this version. "
+                "Start all ranks on one node, or use the modes sync or kstep, which span nodes."
+            )
+        self._world = world
+        self._open = True
+        shards, rows = len(layout.shards), 1 + len(rule.vectors)
+        need = 4 * rows * layout.total + 8 * LINE * (shards + world.size)
+        problem = _shared_memory_problem(need) if world.local_rank == 0 else None
+        raise_together(world, problem)
+        holds = world.local_rank == 0
+        comm = world.node_comm
+        self._data = MPI.Win.Allocate_shared(4 * rows * layout.total if holds else 0, 4, comm=comm)
+        self._control = MPI.Win.Allocate_shared(8 * LINE * (shards + world.size) if holds else 0, 8, comm=comm)
+        state = np.frombuffer(self._data.Shared_query(0)[0], np.float32).reshape(rows, layout.total)
+        words = np.frombuffer(self._control.Shared_query(0)[0], np.int64).reshape(-1, LINE)
+        for window in (self._data, self._control):
+            window.Lock_all(MPI.MODE_NOCHECK)
+        if holds:
+            words[:] = 0
+        self._int64 = MPI.INT64_T
+        self._replace = MPI.REPLACE
+        self._mine = np.array([world.local_rank + 1], np.int64)
+        self._free = np.zeros(1, np.int64)
+        super().__init__(
+            layout,
+            rule,
+            workers=world.size,
+            state=state,
+            versions=words[:shards, VERSION],
+            writers=words[:shards, WRITER],
+            clocks=words[shards:, CLOCK],
+            threads=threads,
+        )
+        self.barrier()
+
+    def barrier(self) -> None:
+        """All ranks meet here and see each other's writes to the windows. Collective."""
+        self._data.Sync()
+        self._control.Sync()
+        self._world.collectives.barrier()
+        self._data.Sync()
+        self._control.Sync()
+
+    def try_lock(self, shard: int, worker: int) -> bool:
+        found = np.empty(1, np.int64)  # not shared: several threads may lock at a time
+        mine, free, word = (self._mine, self._int64), (self._free, self._int64), LINE * shard + LOCK
+        self._control.Compare_and_swap(mine, free, (found, self._int64), 0, word)
+        self._control.Flush(0)
+        if found[0] != 0:
+            return False
+        self._data.Sync()
+        return True
+
+    def unlock(self, shard: int, worker: int) -> None:
+        self._data.Sync()
+        target = (LINE * shard + LOCK, 1, self._int64)
+        self._control.Accumulate((self._free, self._int64), 0, target, op=self._replace)
+        self._control.Flush(0)
+
+    def close(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        super().close()
+        self.barrier()
+        empty = np.empty(0, np.int64)
+        self.state = np.empty((1 + len(self.rule.vectors), 0), np.float32)
+        self.versions = self.writers = self.clocks = empty
+        for window in (self._data, self._control):
+            window.Unlock_all()
+            window.Free()
+
+
+def _shared_memory_problem(need: int, folder: str = "/dev/shm") -> str | None:
+    """Why a window of ``need`` bytes does not fit; MPICH would die with SIGBUS instead of saying so."""
+    try:
+        fs: Any = os.statvfs(folder)
+    except (AttributeError, OSError):
+        return None  # no such folder on this system: let MPI decide
+    free = fs.f_bavail * fs.f_frsize
+    if free >= need:
+        return None
+    return (
+        f"{folder} has {free / 2**20:.0f} MiB free, the shared window needs {need / 2**20:.0f} MiB (parameters and "
+        f"the rule's state). Enlarge it (mount -o remount,size=..., docker run --shm-size=...) or remove stale files in it."
+    )
