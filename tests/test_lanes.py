@@ -1,0 +1,106 @@
+"""The test infrastructure itself: each lane runs the MPI it says, failures are reported, and time-outs leave nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.mpi import MpiRun, processes_of
+
+LIBRARY = {"mpich": "MPICH", "openmpi": "Open MPI"}
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_lane_runs_its_own_mpi(mpirun: MpiRun, n: int) -> None:
+    done = mpirun(
+        """
+        import os
+        from mpi4py import MPI
+        world = MPI.COMM_WORLD
+        total = world.allreduce(world.rank)
+        line = f"{world.rank}/{world.size} {total} {os.environ['OMP_NUM_THREADS']} {MPI.Get_library_version()[:8]}"
+        for text in world.gather(line) or []:
+            print(text)
+        """,
+        n,
+    )
+    expected = [f"{rank}/{n} {sum(range(n))} 1 {LIBRARY[mpirun.lane.name][:8]}" for rank in range(n)]
+    assert [line[: len(text)] for line, text in zip(done.stdout.splitlines(), expected)] == expected
+    assert len(done.stdout.splitlines()) == n
+
+
+def test_lane_imports_what_hpcasync_needs(mpirun: MpiRun) -> None:
+    done = mpirun("import h5py, numba, numpy, torch, hpcasync; print('fine', hpcasync.__file__)", 1)
+    assert done.stdout.startswith("fine")
+
+
+def test_arguments_paths_and_environment(mpirun: MpiRun, tmp_path: Path) -> None:
+    script = tmp_path / "show.py"
+    script.write_text("import os, sys; print(sys.argv[1:], os.environ['EXTRA'], os.environ['HPCASYNC_CACHE'])")
+    done = mpirun(script, 1, args=["--a", tmp_path], env={"EXTRA": "x"})
+    assert done.stdout.split("] ")[1].split() == ["x", os.environ["HPCASYNC_CACHE"]]
+    assert mpirun(script, None, args=["--a", tmp_path], env={"EXTRA": "x"}).stdout == done.stdout
+
+
+def test_exit_status_is_reported(mpirun: MpiRun) -> None:
+    code = "import sys; print('said before', flush=True); sys.exit(3)"
+    done = mpirun(code, 2, check=False)
+    assert done.returncode != 0
+    assert done.stdout.count("said before") >= 1
+    with pytest.raises(pytest.fail.Exception, match="said before"):
+        mpirun(code, 2)
+
+
+def test_time_out_leaves_no_process(mpirun: MpiRun) -> None:
+    """Ranks that ignore SIGTERM and hang inside MPI; the failure shows what they wrote and where they hung."""
+    code = """
+        import signal
+        from mpi4py import MPI
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        def hang_here():
+            if MPI.COMM_WORLD.rank == 0:
+                signal.pause()
+            MPI.COMM_WORLD.Barrier()
+        window = MPI.Win.Allocate_shared(1 << 20)
+        print("began", flush=True)
+        hang_here()
+        """
+    before = set(Path("/dev/shm").iterdir())
+    began = time.monotonic()
+    with pytest.raises(pytest.fail.Exception) as failure:
+        mpirun(code, 2, timeout=4)
+    assert time.monotonic() - began < 20
+    text = str(failure.value)
+    assert "no end after 4 s" in text
+    assert text.count("began") >= 2
+    assert "in hang_here" in text
+    assert processes_of(mpirun.last_token) == []
+    left = {path.name for path in set(Path("/dev/shm").iterdir()) - before}
+    assert not {name for name in left if "mpich" in name and _unused(name)}
+
+
+def _unused(name: str) -> bool:
+    """Whether no living process maps this shared-memory file (another test's may come and go meanwhile)."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if f"/dev/shm/{name}" in maps.read_text():
+                return False
+        except OSError:
+            continue
+    return (Path("/dev/shm") / name).exists()
+
+
+def test_a_child_that_leaves_the_group_dies_too(mpirun: MpiRun) -> None:
+    """A rank's own child in its own session outlives its parent; the token still finds it."""
+    mpirun(
+        """
+        import subprocess
+        subprocess.Popen(["sleep", "300"], start_new_session=True,
+                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        """,
+        1,
+    )
+    assert processes_of(mpirun.last_token) == []
