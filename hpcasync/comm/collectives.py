@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hpcasync.backoff import Backoff
+
 SEGMENT = 1 << 20
 """Bytes per MPI call: large allreduces in 1 MB segments take half the time, since they stay in the cache."""
 
@@ -79,54 +81,73 @@ class OneRank:
 
 
 class _Requests:
-    """Several MPI requests as one operation."""
+    """Several MPI requests as one operation.
 
-    def __init__(self, requests: Sequence[Any], kept: Any = None) -> None:
+    Args:
+        requests: mpi4py requests.
+        polite: give the core away while waiting, for when there are more ranks than cores: MPI's own wait spins, and
+            keeps the rank that everybody waits for from running.
+        kept: a buffer that must outlive the operation.
+    """
+
+    def __init__(self, requests: Sequence[Any], polite: bool, kept: Any = None) -> None:
         self._requests = list(requests)
-        self._kept = kept  # the buffer must outlive the operation
+        self._polite = polite
+        self._kept = kept
 
     def wait(self) -> None:
-        for request in self._requests:
-            request.Wait()
+        if self._polite:
+            backoff = Backoff()
+            while not self.test():
+                backoff.pause()
+        else:
+            for request in self._requests:
+                request.Wait()
 
     def test(self) -> bool:
-        return all(request.Test() for request in self._requests)
+        while self._requests and self._requests[0].Test():
+            self._requests.pop(0)
+        return not self._requests
 
 
 class MPICollectives:
     """Collectives over mpi4py, in place and in segments.
 
     Args:
-        comm: mpi4py communicator; only this object may use it.
+        comm: mpi4py communicator; this object works on a duplicate of it.
+        polite: give the core away while waiting.
     """
 
-    def __init__(self, comm: Any) -> None:
+    def __init__(self, comm: Any, *, polite: bool = False) -> None:
         from mpi4py import MPI
 
         self._comm = comm.Dup()
+        self._polite = polite
         self._in_place = MPI.IN_PLACE
         self._sum = MPI.SUM
 
     def allreduce(self, buffer: np.ndarray) -> None:
         check_buffer(buffer)
+        if self._polite:
+            self.start_allreduce(buffer).wait()
+            return
         for part in _segments(buffer):
             self._comm.Allreduce(self._in_place, part, op=self._sum)
 
     def start_allreduce(self, buffer: np.ndarray) -> Pending:
         check_buffer(buffer)
-        parts = _segments(buffer)
-        return _Requests([self._comm.Iallreduce(self._in_place, p, op=self._sum) for p in parts], buffer)
+        started = [self._comm.Iallreduce(self._in_place, part, op=self._sum) for part in _segments(buffer)]
+        return _Requests(started, self._polite, buffer)
 
     def broadcast(self, buffer: np.ndarray, root: int = 0) -> None:
-        flat = buffer.reshape(-1).view(np.uint8)
-        for part in _segments(flat):
+        for part in _segments(buffer.reshape(-1).view(np.uint8)):
             self._comm.Bcast(part, root=root)
 
     def barrier(self) -> None:
-        self._comm.Barrier()
+        self.start_barrier().wait()
 
     def start_barrier(self) -> Pending:
-        return _Requests([self._comm.Ibarrier()])
+        return _Requests([self._comm.Ibarrier()], self._polite)
 
 
 def _segments(buffer: np.ndarray) -> list[np.ndarray]:

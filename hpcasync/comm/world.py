@@ -116,7 +116,7 @@ def _make_world(device: str | torch.device, threads: int | None, mpi: bool) -> W
         comm=comm,
         node_comm=node_comm,
         leaders=leaders if is_leader else None,
-        collectives=MPICollectives(comm) if comm.size > 1 else OneRank(),
+        collectives=MPICollectives(comm, polite=node_comm.size > cores) if comm.size > 1 else OneRank(),
     )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from hpcasync.rules import Rule
 from hpcasync.stats import Staleness
-from hpcasync.store.backoff import Backoff
+from hpcasync.backoff import Backoff
 from hpcasync.store.layout import Layout, Shard
 
 IDLE = np.iinfo(np.int64).max
@@ -125,6 +125,8 @@ class Store:
             hypers: per parameter what ``rule.hyper`` gave for its group.
         """
 
+        taus = np.full(len(self.layout.shards), -1, np.int64)
+
         def apply(k: int, shard: Shard) -> None:
             version, read = int(self.versions[k]), int(worker.read[k])
             if all(grads[p.param] is None for p in shard.pieces):
@@ -142,11 +144,14 @@ class Store:
                     self.rule.update(self.state, p.start, piece, part, hypers[p.param], version + 1, tau)
             self.versions[k] = worker.read[k] = version + 1
             self.writers[k] = worker.index
-            worker.staleness.add(tau)
+            taus[k] = tau
             if worker.observer is not None:
                 worker.observer(k, read, version + 1)
 
         self._over_shards(worker, apply)
+        for tau in taus.tolist():
+            if tau >= 0:
+                worker.staleness.add(tau)
         if self.clocks[worker.index] != IDLE:
             self.clocks[worker.index] += 1
 
@@ -164,13 +169,15 @@ class Store:
         count = len(self.layout.shards)
         order = [(worker.first + i) % count for i in range(count)]
         if self._pool is None:
-            self._drain(worker, order, work)
+            worker.waited += self._drain(worker, order, work)
         else:
             parts = [order[t :: self._threads] for t in range(self._threads)]
-            for done in [self._pool.submit(self._drain, worker, part, work) for part in parts]:
-                done.result()
+            drains = [self._pool.submit(self._drain, worker, part, work) for part in parts]
+            worker.waited += max([drain.result() for drain in drains])
 
-    def _drain(self, worker: Worker, order: Sequence[int], work: Callable[[int, Shard], None]) -> None:
+    def _drain(self, worker: Worker, order: Sequence[int], work: Callable[[int, Shard], None]) -> float:
+        """Work on the shards of ``order``; returns the seconds spent waiting for locks."""
+        waited = 0.0
         todo = deque(order)
         backoff = Backoff()
         misses = 0
@@ -186,8 +193,9 @@ class Store:
             todo.append(k)
             misses += 1
             if misses >= len(todo):  # every shard left is held by somebody else
-                worker.waited += backoff.pause()
+                waited += backoff.pause()
                 misses = 0
+        return waited
 
     # Bounded staleness.
 

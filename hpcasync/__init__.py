@@ -1,0 +1,38 @@
+"""hpcasync: asynchronous, synchronous and K-step data-parallel training of torch models over MPI.
+
+Importing this package neither initialises nor needs MPI; ``init()`` does the first where the second is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hpcasync import data, models, rules
+    from hpcasync.comm import World, init
+    from hpcasync.errors import UsageError
+    from hpcasync.modes import Async, KStep, Sync
+
+_HOMES = {
+    "Async": "hpcasync.modes",
+    "KStep": "hpcasync.modes",
+    "Sync": "hpcasync.modes",
+    "UsageError": "hpcasync.errors",
+    "World": "hpcasync.comm",
+    "init": "hpcasync.comm",
+}
+_MODULES = ("data", "models", "rules")
+
+__all__ = ["Async", "KStep", "Sync", "UsageError", "World", "data", "init", "models", "rules"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: ``hpcasync --help`` must not pay for torch."""
+    if name in _MODULES:
+        return importlib.import_module(f"hpcasync.{name}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'hpcasync' has no attribute {name!r}")

@@ -1,0 +1,283 @@
+"""``Async``: every rank applies its gradients to the shared parameters as they come."""
+
+from __future__ import annotations
+
+import atexit
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpcasync.comm import World, agree
+from hpcasync.errors import UsageError
+from hpcasync.kernels import all_finite
+from hpcasync.modes.base import Closure, Mode, OnNonfinite
+from hpcasync.modes.flat import FlatParameters, Source, check_dtypes, flat_grad, groups_of
+from hpcasync.rules import Rule
+from hpcasync.rules.base import between
+from hpcasync.store import IDLE, LocalStore, Store, WindowStore, make_layout
+
+
+class Async(Mode):
+    """Asynchronous training through the node's shared window. Constructor, ``synchronize`` and ``close`` are collective.
+
+    ``step()`` applies this rank's gradient to the shared parameters with the rule, in place, and reads the others' work
+    into this rank's model in the same pass. No rank waits for another, except for a lock of a shard and for the bound on
+    staleness. All ranks start from rank 0's model. Ranks may take different numbers of steps.
+
+    Parameters without a gradient in a step are only read. Buffers stay per rank until ``synchronize()``, which averages
+    them. With one rank the model lives in the store itself and a step is one pass of the rule's kernel.
+
+    Args:
+        params: a module, parameters, or parameter groups; groups may override the rule's hyper-parameters.
+        rule: what a gradient does, see ``hpcasync.rules``.
+        staleness: a rank more than this many pushes ahead of the slowest waits (stale synchronous parallel); 0 keeps
+            all in step, None never waits.
+        world: from ``hpcasync.init()``.
+        on_nonfinite: ``"skip"`` the push of a gradient with NaN or infinity, or ``"abort"``.
+        stall_seconds: warn every so often while waiting for slower ranks.
+
+    Raises:
+        UsageError: no trainable parameter, a parameter that is not float32, options out of range, ranks that disagree.
+    """
+
+    mode = "async"
+
+    def __init__(
+        self,
+        params: Source,
+        rule: Rule,
+        *,
+        staleness: int | None = None,
+        world: World | None = None,
+        on_nonfinite: OnNonfinite = "skip",
+        stall_seconds: float = 60.0,
+    ) -> None:
+        if not isinstance(rule, Rule):
+            raise UsageError(f"rule={rule!r}: expected a rule such as hpcasync.rules.TrendSmooth(lr=0.05)")
+        if staleness is not None:
+            between("staleness", staleness, 0, np.inf)
+        groups, names, model = groups_of(params)
+        for group in groups:
+            rule.check_options(rule.group_options() | group)
+        super().__init__(groups, rule.group_options(), world=world, model=model, on_nonfinite=on_nonfinite)
+        check_dtypes(self.params, names, [torch.float32], self.mode)
+        self.rule = rule
+        self._bound = staleness
+        self._stall_seconds = stall_seconds
+        agree(
+            self.world,
+            {
+                "the model's parameter shapes": [tuple(p.shape) for p in self.params],
+                "the rule": rule.describe(),
+                "staleness": staleness,
+                "on_nonfinite": on_nonfinite,
+                "the parameter groups' options": [
+                    {k: v for k, v in g.items() if k != "params"} for g in self.param_groups
+                ],
+            },
+        )
+        layout = make_layout([p.numel() for p in self.params])
+        device = self.params[0].device
+        self._one = self.world.size == 1
+        threads = self.world.threads
+        self.store: Store = (
+            LocalStore(layout, rule, threads=threads)
+            if self._one
+            else WindowStore(self.world, layout, rule, threads=threads)
+        )
+        self._worker = self.store.worker(self.world.rank)
+        self.staleness = self._worker.staleness
+        # With one rank on a CPU the model lives in the store; otherwise in this rank's own flat copy.
+        aliased = self._one and device.type == "cpu"
+        self._out = self.store.state[0] if aliased else np.zeros(layout.total, np.float32)
+        buffer = torch.from_numpy(self._out) if device.type == "cpu" else torch.zeros(layout.total, device=device)
+        self._flat = FlatParameters(self.params, names, layout, buffer)
+        self._publish()
+        self._warned_outside = False
+        self._closed = False
+        atexit.register(self.close)
+
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """Push this rank's gradient and pull the newest parameters.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, if any.
+        """
+        self.share.start()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._notice_changes()
+        self.steps += 1
+        grads = [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
+        if all(g is None or all_finite(g) for g in grads):
+            self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, self._hypers()))
+            self.updates += 1
+        else:
+            self._nonfinite(f"rank {self.world.rank}")
+            self._timed(self._skip)
+        if self._bound is not None and not self._one:
+            self._timed(self._wait_for_slower)
+        self._to_device()
+        return loss
+
+    def synchronize(self) -> None:
+        """Wait for every rank, then give all the same newest model and averaged buffers. Collective.
+
+        A rank that waits here does not hold up the others' bound on staleness.
+        """
+        self.share.start()
+        clocks, rank = self.store.clocks, self.world.rank
+        mine = int(clocks[rank])
+        clocks[rank] = IDLE
+        with self.share.phase("wait"):
+            self._barrier()
+        most = max(self.world.gather(mine))
+        self._timed(lambda: self.store.pull(self._worker, self._out))
+        self._to_device()
+        self._synchronize_buffers()
+        self._barrier()  # nobody pushes before all have read
+        clocks[rank] = most
+        self._barrier()
+        self.share.stop()
+
+    def publish(self) -> None:
+        """Make rank 0's model the shared one, on all ranks, after changing it by hand. Collective."""
+        self._flat.attach()
+        self._barrier()
+        self._publish(keep_state=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rule's vectors per parameter, the groups' options, and the shards' versions, copied out of the window."""
+        packed = super().state_dict()
+        layout, state = self.store.layout, self.store.state
+        packed["state"] = {
+            i: {
+                v.name: torch.from_numpy(state[row, start : start + size].copy()).view(self._flat.params[i].shape)
+                for row, v in enumerate(self.rule.vectors, start=1)
+            }
+            for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True))
+        }
+        packed["hpcasync"] = {"rule": self.rule.describe(), "versions": self.store.versions.tolist()}
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave, and publish rank 0's model with it. Collective.
+
+        Raises:
+            UsageError: another rule's state, or another model's.
+        """
+        self._check_state(state_dict)
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self._flat.attach()
+        self._barrier()
+        if self.world.rank == 0:
+            self._write_state(state_dict)
+        self._publish(keep_state=True)
+
+    def close(self) -> None:
+        """Wait for the others, pull the final model and free the window. The model stays usable. Collective."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self.synchronize()
+        self.store.close()
+
+    def _hypers(self) -> list[np.ndarray]:
+        return [h for g in self.param_groups for h in [self.rule.hyper(g)] * len(g["params"])]
+
+    def _skip(self) -> None:
+        """Take no part in this step but read, and let the clock go on so that nobody waits for this rank."""
+        self.store.pull(self._worker, self._out)
+        self.store.clocks[self.world.rank] += 1
+
+    def _wait_for_slower(self) -> None:
+        assert self._bound is not None
+        if self.store.gate(self._worker, self._bound, self._stalled, self._stall_seconds):
+            self.store.pull(self._worker, self._out)
+
+    def _stalled(self, seconds: float, slow: list[int]) -> None:
+        warnings.warn(
+            f"rank {self.world.rank} has waited {seconds:.0f} s at step {self.steps} for the slower rank(s) {slow} "
+            f"(staleness={self._bound}). A rank that stops training early must call synchronize() or close().",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def _timed(self, work: Any) -> None:
+        """Run ``work``; its time counts as communication, less what the store spent waiting."""
+        waited = self._worker.waited
+        with self.share.phase("communicate"):
+            work()
+        waited = self._worker.waited - waited
+        self.share.add("wait", waited)
+        self.share.add("communicate", -waited)
+
+    def _notice_changes(self) -> None:
+        """Keep parameters views of the flat buffer; warn when a change by hand is about to be lost."""
+        changed = self._flat.attach() or self._flat.changed_outside()
+        self._flat.mark()
+        if changed and not self._one and not self._warned_outside:
+            self._warned_outside = True
+            warnings.warn(
+                f"rank {self.world.rank}, step {self.steps}: parameters were changed outside the optimizer; the shared "
+                "ones replace them now. After model.load_state_dict() and the like, call publish() on every rank.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if changed and self._one and self._flat.buffer.device.type != "cpu":
+            self._publish(keep_state=True)
+
+    def _to_device(self) -> None:
+        if self._flat.buffer.device.type != "cpu":
+            self._flat.buffer.copy_(torch.from_numpy(self._out))
+        self._flat.mark()
+
+    def _barrier(self) -> None:
+        if isinstance(self.store, WindowStore):
+            self.store.barrier()
+
+    def _publish(self, keep_state: bool = False) -> None:
+        """Write rank 0's model to the store and read it on all ranks."""
+        if self.world.rank == 0:
+            w = self._flat.buffer.cpu().numpy()
+            if keep_state:
+                self.store.state[0] = w
+            else:
+                self.store.start_state(w)
+        self._barrier()
+        self.store.pull(self._worker, self._out)
+        self._to_device()
+        self._barrier()
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        theirs = state_dict.get("hpcasync", {}).get("rule", {})
+        mine = self.rule.describe()
+        structure = ("name", "base", "variant")
+        if [theirs.get(k) for k in structure] != [mine.get(k) for k in structure]:
+            raise UsageError(f"the state is of rule {theirs or 'unknown'}, this optimizer has {mine}")
+        shapes = [tuple(p.shape) for p in self._flat.params]
+        for i, shape in enumerate(shapes):
+            vectors: dict[str, torch.Tensor] = state_dict["state"].get(i, {})
+            for v in self.rule.vectors:
+                found = tuple(vectors[v.name].shape) if v.name in vectors else "nothing"
+                if found != shape:
+                    raise UsageError(f"state of {self._flat.names[i]}, {v.name}: found {found}, expected {shape}")
+
+    def _write_state(self, state_dict: dict[str, Any]) -> None:
+        layout, state = self.store.layout, self.store.state
+        for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
+            for row, v in enumerate(self.rule.vectors, start=1):
+                state[row, start : start + size] = state_dict["state"][i][v.name].reshape(-1).numpy()
+        versions: Sequence[int] = state_dict["hpcasync"]["versions"]
+        # Another sharding: all shards had nearly the same number of updates, the largest stands for all.
+        same = len(versions) == len(self.store.versions)
+        self.store.versions[:] = versions if same else max(versions)

@@ -1,0 +1,212 @@
+"""``KStep``: local steps, and every K of them one average of the models with block momentum."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcasync.comm import World
+from hpcasync.errors import UsageError, unknown
+from hpcasync.kernels import block_update
+from hpcasync.modes.base import Closure, OnNonfinite
+from hpcasync.modes.flat import FlatParameters
+from hpcasync.modes.wrapper import Wrapper
+from hpcasync.rules.base import between
+from hpcasync.store import aligned_zeros, make_layout
+
+
+class _Block:
+    """All parameters of one dtype: the flat model, the model after the last average, and the block momentum."""
+
+    def __init__(self, params: list[Tensor], names: list[str]) -> None:
+        layout = make_layout([p.numel() for p in params])
+        dtype = np.float32 if params[0].dtype == torch.float32 else np.float64
+        self.host = aligned_zeros(1, layout.total, dtype)[0]
+        self.on_host = params[0].device.type == "cpu"
+        buffer = torch.from_numpy(self.host)
+        self.flat = FlatParameters(params, names, layout, buffer if self.on_host else buffer.to(params[0].device))
+        self.fetch()
+        self.anchor = self.host.copy()
+        self.velocity = np.zeros_like(self.host)
+
+    def fetch(self) -> None:
+        """Bring the model to the host buffer."""
+        self.flat.attach()
+        if not self.on_host:
+            self.host[:] = self.flat.buffer.cpu().numpy()
+
+    def put_back(self) -> None:
+        """Bring the host buffer to the model."""
+        if not self.on_host:
+            self.flat.buffer.copy_(torch.from_numpy(self.host))
+
+
+class KStep(Wrapper):
+    """K-step averaging with block momentum (M-AVG). Every K-th step is collective.
+
+    Each rank makes K local steps; then, with ``d`` the mean of the ranks' models minus the model after the last average,
+    ``v = mu v + lr d`` and ``w = w + v`` (with Nesterov: ``w = w + lr d + mu v``). ``block_momentum=0, block_lr=1`` is
+    K-AVG, also called local SGD.
+
+    Every rank must take the same number of steps; ``hpcasync.data.loader`` and ``ShardSampler`` see to that.
+
+    Args:
+        optimizer: any torch optimizer, for the local steps.
+        every: K, local steps per average, >= 1.
+        block_momentum: mu, in [0, 1).
+        nesterov: Nesterov's form of the block momentum.
+        block_lr: factor on ``d``, > 0.
+        warm_start: so many first steps average after each step, without block momentum (post-local SGD).
+        inner_state: what an average does to the wrapped optimizer's state: ``"keep"`` each rank's own, ``"average"`` it,
+            or ``"reset"`` it.
+        world: from ``hpcasync.init()``.
+        model: whose buffers ``synchronize()`` averages; without it they stay per rank.
+        on_nonfinite: ``"skip"`` a local step whose gradient has NaN or infinity, or ``"abort"``.
+
+    Raises:
+        UsageError: options out of range, no trainable parameter, a dtype that is not float32 or float64, ranks that
+            disagree.
+
+    Source: Cong, Liu, MLHPC 2020, doi 10.1109/MLHPCAI4S51975.2020.00011 (block momentum); block learning rate as in
+    BMUF; Nesterov form as DiLoCo's outer step.
+    """
+
+    mode = "kstep"
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        every: int = 32,
+        block_momentum: float = 0.0,
+        nesterov: bool = False,
+        block_lr: float = 1.0,
+        warm_start: int = 0,
+        inner_state: str = "keep",
+        world: World | None = None,
+        model: torch.nn.Module | None = None,
+        on_nonfinite: OnNonfinite = "skip",
+    ) -> None:
+        for name, value, least in (("every", every, 1), ("warm_start", warm_start, 0)):
+            if not isinstance(value, int) or value < least:
+                raise UsageError(f"{name}={value!r}: expected a whole number >= {least}")
+        between("block_momentum", block_momentum, 0, 1, high_open=True)
+        between("block_lr", block_lr, 0, math.inf, low_open=True)
+        if inner_state not in ("keep", "average", "reset"):
+            raise unknown("inner_state", str(inner_state), ("keep", "average", "reset"))
+        options = {
+            "every": every,
+            "block_momentum": block_momentum,
+            "nesterov": nesterov,
+            "block_lr": block_lr,
+            "warm_start": warm_start,
+            "inner_state": inner_state,
+        }
+        super().__init__(optimizer, world=world, model=model, on_nonfinite=on_nonfinite, facts=options)
+        self.every, self.block_momentum, self.nesterov = every, block_momentum, nesterov
+        self.block_lr, self.warm_start, self.inner_state = block_lr, warm_start, inner_state
+        self.averages = 0
+        self._since = 0  # local steps since the last average
+        self._blocks = [
+            _Block([p for p in self.params if p.dtype == d], [n for p, n in zip(self.params, self.names, strict=True) if p.dtype == d])
+            for d in dict.fromkeys(p.dtype for p in self.params)
+        ]
+
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """One local step; after the K-th, the average.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, if any.
+        """
+        self.share.start()
+        self.steps += 1
+        loss = None
+        if closure is not None:
+            loss = self.inner.step(closure)  # type: ignore[arg-type]
+            self.updates += 1
+        elif all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.params):
+            self.inner.step()
+            self.updates += 1
+        else:
+            self._nonfinite(f"rank {self.world.rank}")
+        self._since += 1
+        warm = self.steps <= self.warm_start
+        if warm or self._since >= self.every:
+            self.average(plain=warm)
+        return loss
+
+    @torch.no_grad()
+    def average(self, *, plain: bool = False) -> None:
+        """Average the models now. Collective.
+
+        Args:
+            plain: without block momentum and block learning rate.
+        """
+        self._since = 0
+        self.averages += 1
+        if self.world.size > 1:
+            with self.share.phase("wait"):
+                self.world.collectives.barrier()
+        with self.share.phase("communicate"):
+            for block in self._blocks:
+                block.fetch()
+                self.world.collectives.allreduce(block.host)
+                self._outer_step(block, plain)
+                block.put_back()
+            if self.inner_state == "reset":
+                self.inner.state.clear()
+            elif self.inner_state == "average":
+                self._average_inner_state()
+
+    def synchronize(self) -> None:
+        """Average what is left of a block, and the buffers, so that all ranks have the same model. Collective."""
+        self.share.start()
+        if self._since:
+            self.average()
+        self._synchronize_buffers()
+        self.share.stop()
+
+    def _outer_step(self, block: _Block, plain: bool) -> None:
+        ranks = self.world.size
+        if plain or (self.block_momentum == 0 and self.block_lr == 1):
+            # The mean itself: anchor + (mean - anchor) would round.
+            block.host /= ranks
+            block.anchor[:] = block.host
+        else:
+            mu, lr = self.block_momentum, self.block_lr
+            block_update(block.host, block.anchor, block.velocity, ranks, mu, lr, self.nesterov)
+
+    def _average_inner_state(self) -> None:
+        """Average the tensors of the wrapped optimizer's state that have a parameter's shape; counters stay."""
+        if self.world.size == 1:
+            return
+        for p in self.params:
+            for value in self.inner.state.get(p, {}).values():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point():
+                    host = value.detach().to("cpu", copy=True).contiguous().view(-1)
+                    self.world.collectives.allreduce(host.numpy())
+                    value.copy_((host / self.world.size).view(value.shape))
+
+    def _own_state(self) -> dict[str, Any]:
+        blocks = [
+            {"anchor": torch.from_numpy(b.anchor.copy()), "velocity": torch.from_numpy(b.velocity.copy())}
+            for b in self._blocks
+        ]
+        return {**super()._own_state(), "since": self._since, "averages": self.averages, "blocks": blocks}
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        super()._load_own_state(own)
+        self._since, self.averages = own["since"], own["averages"]
+        for block, theirs in zip(self._blocks, own["blocks"], strict=True):
+            for name in ("anchor", "velocity"):
+                mine, saved = getattr(block, name), theirs[name].numpy()
+                if mine.shape != saved.shape:
+                    raise UsageError(f"block {name}: found {saved.size} elements, expected {mine.size}")
+                mine[:] = saved

@@ -1,0 +1,246 @@
+"""``Sync``: the ranks' gradients are averaged, in buckets that start during backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcasync.comm import Pending, World
+from hpcasync.errors import UsageError
+from hpcasync.modes.base import Closure, OnNonfinite
+from hpcasync.modes.wrapper import Wrapper
+
+
+class _Bucket:
+    """Some parameters of one dtype whose gradients travel together.
+
+    The buffer holds the gradients, then one flag per parameter (how many ranks have a gradient), then one flag per rank
+    (whether its part is not finite), so that one sum tells all three.
+    """
+
+    def __init__(self, params: list[int], tensors: list[Tensor], ranks: int) -> None:
+        self.params = params
+        sizes = [t.numel() for t in tensors]
+        self.buffer = torch.zeros(sum(sizes) + len(sizes) + ranks, dtype=tensors[0].dtype)
+        grads, self.present, self.nonfinite = self.buffer.split([sum(sizes), len(sizes), ranks])
+        self.grads = grads
+        self.views = [v.view(t.shape) for v, t in zip(grads.split(sizes), tensors, strict=True)]
+        self.missing = len(params)
+        self.pending: Pending | None = None
+
+
+class Sync(Wrapper):
+    """Synchronous data parallelism: every step uses the mean of the ranks' gradients. Every call is collective.
+
+    Gradients are averaged when ``backward()`` returns, so gradient clipping, ``GradScaler`` and closures see the mean.
+    A parameter without a gradient on some ranks counts as zero there; without one on every rank it has none.
+
+    Every rank must take the same number of steps; ``hpcasync.data.loader`` and ``ShardSampler`` see to that.
+
+    Args:
+        optimizer: any torch optimizer.
+        world: from ``hpcasync.init()``.
+        model: whose buffers ``synchronize()`` averages; without it they stay per rank.
+        bucket_mb: bytes per bucket, in MB.
+        on_nonfinite: if any rank's gradient has NaN or infinity, all ``"skip"`` the step, or ``"abort"``.
+
+    Raises:
+        UsageError: no trainable parameter, a parameter neither float32 nor float64, ranks that disagree.
+    """
+
+    mode = "sync"
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        world: World | None = None,
+        model: torch.nn.Module | None = None,
+        bucket_mb: float = 4.0,
+        on_nonfinite: OnNonfinite = "skip",
+    ) -> None:
+        if not bucket_mb > 0:
+            raise UsageError(f"bucket_mb={bucket_mb!r}: expected a positive number")
+        super().__init__(
+            optimizer, world=world, model=model, on_nonfinite=on_nonfinite, facts={"bucket_mb": bucket_mb}
+        )
+        params = self.params
+        self._buckets = _fill_buckets(params, bucket_mb * 2**20, self.world.size)
+        self._place = {id(params[i]): (b, j) for b in self._buckets for j, i in enumerate(b.params)}
+        self._started = 0  # buckets whose sum is under way; always the first ones, so that all ranks agree
+        self._queued = False  # whether the end of this backward will call _finish
+        self._synced = False
+        self._enabled = True
+        self._bad_ranks: list[int] = []
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_grad) for p in params if p.requires_grad]
+
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """Average what is not yet averaged, then let the wrapped optimizer step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; its gradients are averaged each time.
+
+        Returns:
+            The closure's loss (this rank's own), if any.
+        """
+        self.share.start()
+        self.steps += 1
+        if closure is not None:
+            loss = self.inner.step(self._averaging(closure))  # type: ignore[arg-type]
+            self.updates += 1
+            self._synced = False
+            return loss
+        if not self._synced:
+            self._finish()
+        self._synced = False
+        if self._bad_ranks:
+            ranks, self._bad_ranks = self._bad_ranks, []
+            self._nonfinite(f"rank {', '.join(map(str, ranks))}")
+        else:
+            self.inner.step()
+            self.updates += 1
+        return None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._synced = False
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients on this rank only; the next backward outside averages the accumulated ones."""
+        self._enabled = False
+        try:
+            yield
+        finally:
+            self._enabled = True
+
+    def synchronize(self) -> None:
+        """Average the buffers; parameters are equal anyway. Collective."""
+        with self.share.phase("wait"):
+            self.world.collectives.barrier()
+        self._synchronize_buffers()
+        self.share.stop()
+
+    def close(self) -> None:
+        """Remove the hooks from the parameters. Collective and idempotent."""
+        if self._hooks:
+            super().close()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _averaging(self, closure: Closure) -> Closure:
+        def averaged() -> Any:
+            self._synced = False
+            with torch.enable_grad():
+                loss = closure()
+            if not self._synced:
+                self._finish()
+            return loss
+
+        return averaged
+
+    def _on_grad(self, p: Tensor) -> None:
+        """A parameter's gradient is complete: put it into its bucket, start every bucket that is full and next."""
+        if not self._enabled:
+            return
+        if not self._queued:
+            self._queued = True
+            self._synced = False
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+        bucket, j = self._place[id(p)]
+        if bucket.present[j] == 0:
+            bucket.missing -= 1
+        _store(bucket, j, p)
+        while self._started < len(self._buckets) and self._buckets[self._started].missing == 0:
+            self._start_next()
+        for started in self._buckets[: self._started]:
+            if started.pending is not None:
+                started.pending.test()  # MPI moves only while it is called
+
+    def _start_next(self) -> None:
+        bucket = self._buckets[self._started]
+        if not _finite(bucket.grads):
+            bucket.nonfinite[self.world.rank] = 1
+        bucket.pending = self.world.collectives.start_allreduce(bucket.buffer.numpy())
+        self._started += 1
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """Sum what is left, wait for all buckets, and give every parameter the mean as its gradient."""
+        params = self.params
+        for bucket in self._buckets[self._started :]:
+            for j, i in enumerate(bucket.params):
+                if bucket.present[j] == 0 and params[i].grad is not None:
+                    _store(bucket, j, params[i])  # from an earlier backward
+        while self._started < len(self._buckets):
+            self._start_next()
+        if self.world.size > 1:
+            with self.share.phase("wait"):
+                self.world.collectives.barrier()
+        with self.share.phase("communicate"):
+            bad = torch.zeros(self.world.size)
+            for bucket in self._buckets:
+                assert bucket.pending is not None
+                bucket.pending.wait()
+                bucket.pending = None
+                bad += bucket.nonfinite.to(bad.dtype)
+                self._hand_out(bucket, params)
+        self._bad_ranks = torch.nonzero(bad).flatten().tolist()
+        self._started = 0
+        self._queued = False
+        self._synced = True
+
+    def _hand_out(self, bucket: _Bucket, params: list[Tensor]) -> None:
+        if self.world.size > 1:
+            bucket.grads.div_(self.world.size)
+        present = bucket.present.tolist()
+        for j, i in enumerate(bucket.params):
+            p, view = params[i], bucket.views[j]
+            if not present[j]:
+                p.grad = None
+            elif p.device.type == "cpu":
+                p.grad = view
+            else:
+                p.grad = view.to(p.device)
+        bucket.missing = len(bucket.params)
+        bucket.present.zero_()
+        bucket.nonfinite.zero_()
+
+
+def _store(bucket: _Bucket, j: int, p: Tensor) -> None:
+    """Copy a gradient into its bucket, unless it lies there already."""
+    grad, view = p.grad, bucket.views[j]
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise UsageError("sparse gradient; expected a dense one (nn.Embedding(..., sparse=False))")
+    if grad.data_ptr() != view.data_ptr():
+        view.copy_(grad.detach())
+    bucket.present[j] = 1
+
+
+def _finite(values: Tensor) -> bool:
+    # A sum is not finite if a term is not; the rare overflow of finite terms is settled element by element.
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def _fill_buckets(params: list[Tensor], limit: float, ranks: int) -> list[_Bucket]:
+    """Cut the parameters into buckets of about ``limit`` bytes, last parameters first: backward reaches them first."""
+    buckets: list[_Bucket] = []
+    for dtype in dict.fromkeys(p.dtype for p in params):
+        current: list[int] = []
+        size = 0
+        for i in reversed([i for i, p in enumerate(params) if p.dtype == dtype]):
+            current.append(i)
+            size += params[i].numel() * params[i].element_size()
+            if size >= limit:
+                buckets.append(_Bucket(current, [params[k] for k in current], ranks))
+                current, size = [], 0
+        if current:
+            buckets.append(_Bucket(current, [params[k] for k in current], ranks))
+    return buckets

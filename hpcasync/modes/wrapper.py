@@ -1,0 +1,100 @@
+"""A torch optimizer around a torch optimizer: shares its groups and state, so that schedulers and users see one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hpcasync.comm import World, agree
+from hpcasync.errors import UsageError
+from hpcasync.modes.base import Mode, OnNonfinite
+from hpcasync.modes.flat import check_dtypes, groups_of
+
+
+class Wrapper(Mode):
+    """Base of the synchronous modes.
+
+    Args:
+        optimizer: the torch optimizer that makes the local step.
+        world: from ``hpcasync.init()``.
+        model: whose buffers to keep equal; optional.
+        on_nonfinite: what to do with a NaN or infinite gradient.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        world: World | None,
+        model: torch.nn.Module | None,
+        on_nonfinite: OnNonfinite,
+        facts: dict[str, Any],
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, Mode):
+            raise UsageError(
+                f"mode {self.mode} wraps a torch optimizer, such as torch.optim.SGD(...); found {type(optimizer).__name__}"
+            )
+        self.inner = optimizer
+        _, names, _ = groups_of(optimizer.param_groups)
+        super().__init__(
+            optimizer.param_groups, optimizer.defaults, world=world, model=model, on_nonfinite=on_nonfinite
+        )
+        if model is not None:
+            by_id = {id(p): n for n, p in model.named_parameters()}
+            names = [by_id.get(id(p), n) for p, n in zip(self.params, names, strict=True)]
+        self.names = names
+        check_dtypes(self.params, names, [torch.float32, torch.float64], self.mode)
+        self._share_inner()
+        options = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
+        agree(
+            self.world,
+            {
+                "the model's parameter shapes": [(tuple(p.shape), str(p.dtype)) for p in self.params],
+                "the optimizer": type(optimizer).__name__,
+                "the parameter groups' options": repr(options),
+                "on_nonfinite": on_nonfinite,
+                **facts,
+            },
+        )
+        self._broadcast_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's, with this mode's own state under ``"hpcasync"``."""
+        return {**self.inner.state_dict(), "hpcasync": self._own_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave.
+
+        Raises:
+            UsageError: the state of another mode.
+        """
+        own = state_dict.get("hpcasync", {})
+        if own.get("mode") != self.mode:
+            raise UsageError(f"the state is of mode {own.get('mode')!r}, expected {self.mode!r}")
+        self.inner.load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        self._share_inner()
+        self._load_own_state(own)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"mode": self.mode, "steps": self.steps, "updates": self.updates, "skipped": self.skipped}
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        self.steps, self.updates, self.skipped = own["steps"], own["updates"], own["skipped"]
+
+    def _share_inner(self) -> None:
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+
+    @torch.no_grad()
+    def _broadcast_parameters(self) -> None:
+        """Give every rank the parameters of rank 0."""
+        if self.world.size == 1:
+            return
+        for p in self.params:
+            host = p.detach().to("cpu", copy=True).contiguous().view(-1)
+            self.world.collectives.broadcast(host.numpy())
+            p.copy_(host.view(p.shape))
+
+    def close(self) -> None:
+        self.synchronize()
