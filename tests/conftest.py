@@ -20,7 +20,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(params=LANES)
 def lane(request: pytest.FixtureRequest) -> Lane:
-    """Each MPI library in turn; for one only: `@pytest.mark.parametrize("lane", ["mpich"], indirect=True)`."""
+    """Each MPI library in turn; one only: `@pytest.mark.parametrize("lane", ["mpich"], indirect=True)`."""
     return require_lane(request.param)
 
 

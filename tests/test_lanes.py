@@ -1,4 +1,4 @@
-"""The test infrastructure itself: each lane runs the MPI it says, failures are reported, and time-outs leave nothing."""
+"""The test infrastructure: each lane runs the MPI it says, failures show, and time-outs leave nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def test_lane_runs_its_own_mpi(mpirun: MpiRun, n: int) -> None:
         from mpi4py import MPI
         world = MPI.COMM_WORLD
         total = world.allreduce(world.rank)
-        line = f"{world.rank}/{world.size} {total} {os.environ['OMP_NUM_THREADS']} {MPI.Get_library_version()[:8]}"
+        threads, library = os.environ["OMP_NUM_THREADS"], MPI.Get_library_version()[:8]
+        line = f"{world.rank}/{world.size} {total} {threads} {library}"
         for text in world.gather(line) or []:
             print(text)
         """,
@@ -39,7 +40,9 @@ def test_lane_imports_what_hpcasync_needs(mpirun: MpiRun) -> None:
 
 def test_arguments_paths_and_environment(mpirun: MpiRun, tmp_path: Path) -> None:
     script = tmp_path / "show.py"
-    script.write_text("import os, sys; print(sys.argv[1:], os.environ['EXTRA'], os.environ['HPCASYNC_CACHE'])")
+    script.write_text(
+        "import os, sys; print(sys.argv[1:], os.environ['EXTRA'], os.environ['HPCASYNC_CACHE'])"
+    )
     done = mpirun(script, 1, args=["--a", tmp_path], env={"EXTRA": "x"})
     assert done.stdout.split("] ")[1].split() == ["x", os.environ["HPCASYNC_CACHE"]]
     assert mpirun(script, None, args=["--a", tmp_path], env={"EXTRA": "x"}).stdout == done.stdout
@@ -55,7 +58,7 @@ def test_exit_status_is_reported(mpirun: MpiRun) -> None:
 
 
 def test_time_out_leaves_no_process(mpirun: MpiRun) -> None:
-    """Ranks that ignore SIGTERM and hang inside MPI; the failure shows what they wrote and where they hung."""
+    """Ranks that ignore SIGTERM and hang in MPI: the failure shows what they wrote and where they hung."""
     code = """
         import signal
         from mpi4py import MPI
