@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hpcasync.data.importer import import_dataset
 from hpcasync.data.public import EMBEDDED, canonical, public
@@ -17,7 +18,7 @@ def fetch(
     *,
     cache: str | os.PathLike[str] | None = None,
     mirror: str | None = None,
-    progress: bool = False,
+    progress: Any = None,
 ) -> Path:
     """Download ``name`` unless it is in the cache already; return the imported HDF5 file.
 
@@ -25,7 +26,8 @@ def fetch(
         name: a public set: ``mnist``, ``fashion-mnist``, ``cifar-10``, ``cifar-100``.
         cache: the folder to keep it in (default ``$HPCASYNC_CACHE``, else the user's cache folder).
         mirror: the address of a folder that holds the same files, in place of the official one.
-        progress: draw a progress bar (needs tqdm).
+        progress: drawn while downloading: anything with ``total``, ``update(n)``, ``reset()`` and
+            ``close()``.
 
     Raises:
         UsageError: an unknown name, an unreachable server, a wrong checksum, or a full disk.
@@ -46,7 +48,7 @@ def fetch(
     return import_dataset(src, out, kind=entry.kind, name=entry.name, source=entry.source, overwrite=True)
 
 
-def _download(url: str, known_hash: str, folder: Path, file: str, progress: bool) -> None:
+def _download(url: str, known_hash: str, folder: Path, file: str, progress: Any) -> None:
     import pooch  # these two only when something is really downloaded
     import requests
 
@@ -58,7 +60,7 @@ def _download(url: str, known_hash: str, folder: Path, file: str, progress: bool
         with tempfile.TemporaryDirectory(dir=folder) as own:
             # Each process downloads into its own folder; the checked file then moves into place in one step.
             if not _intact(folder / file, known_hash):
-                pooch.retrieve(url, known_hash, fname=file, path=own, progressbar=progress)
+                pooch.retrieve(url, known_hash, fname=file, path=own, progressbar=progress or False)
                 os.replace(Path(own) / file, folder / file)
     except requests.exceptions.RequestException as error:
         raise UsageError(
@@ -66,6 +68,10 @@ def _download(url: str, known_hash: str, folder: Path, file: str, progress: bool
             "holds the file (mirror)"
         ) from error
     except ValueError as error:
+        if "hash" not in str(error):
+            raise UsageError(
+                f"cannot download {url}: {error}; give the address of a folder, http://..."
+            ) from error
         raise UsageError(
             f"{url}: the downloaded file has another checksum, expected {known_hash}; the server or its "
             f"mirror holds a different or damaged file, try another ({error})"

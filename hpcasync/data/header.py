@@ -58,8 +58,7 @@ def read_header(path: Path) -> Header:
     """
     _check_file(path)
     try:
-        # Readers take no lock: many sites mount their file systems without locks.
-        with h5py.File(path, "r", locking=False) as file:
+        with _open(path) as file:
             return _read(path, file)
     except OSError as error:
         if "truncated" in str(error):
@@ -67,6 +66,19 @@ def read_header(path: Path) -> Header:
         else:
             words = f"cannot be read as HDF5 ({error})"
         raise UsageError(f"{path} {words}; import or copy it again") from error
+
+
+def _open(path: Path) -> Any:
+    # Readers take no lock: many sites mount their file systems without locks. But where this process has the file
+    # open already, HDF5 insists on the same choice again.
+    *choices, last = False, None, "best-effort", True
+    for locking in choices:
+        try:
+            return h5py.File(path, "r", locking=locking)
+        except OSError as error:
+            if "flag values don't match" not in str(error):
+                raise
+    return h5py.File(path, "r", locking=last)
 
 
 def _check_file(path: Path) -> None:

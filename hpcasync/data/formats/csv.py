@@ -63,7 +63,8 @@ def read(
             raise UsageError(f"{src}, line {line}: {len(row)} fields, expected {width} as in the first line")
         labels.append(row.pop(column).strip())
         try:
-            features[i] = [float(field) for field in row]
+            with np.errstate(over="ignore"):  # refused below, with its line
+                features[i] = [float(field) for field in row]
         except ValueError:
             bad = next(field for field in row if not _is_number(field))
             raise UsageError(

@@ -40,7 +40,7 @@ def read(src: Path, *, test_fraction: float = 0.2, seed: int = 0) -> Arrays:
             numbers.
     """
     try:
-        with np.load(src, allow_pickle=False) as file:
+        with src.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("one array, not an archive")
             names = list(file.files)
