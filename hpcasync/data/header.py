@@ -69,8 +69,8 @@ def read_header(path: Path) -> Header:
 
 
 def _open(path: Path) -> Any:
-    # Readers take no lock: many sites mount their file systems without locks. But where this process has the file
-    # open already, HDF5 insists on the same choice again.
+    # Readers take no lock: many sites mount their file systems without locks. But where this process has the
+    # file open already, HDF5 insists on the same choice again.
     *choices, last = False, None, "best-effort", True
     for locking in choices:
         try:

@@ -15,6 +15,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -171,9 +172,13 @@ def hashes(folder):
 def test_fetch_downloads_checks_and_imports(server, own_cache, monkeypatch):
     url, folder = server
     idx_folder(folder)
-    monkeypatch.setitem(PUBLIC, "mnist", replace(PUBLIC["mnist"], files=hashes(folder)))
-    path = fetch("mnist", mirror=url)
+    digests = hashes(folder)
+    files = {name: digests[name] for name in PUBLIC["mnist"].files}
+    monkeypatch.setitem(PUBLIC, "mnist", replace(PUBLIC["mnist"], files=files))
+    bar = Mock()
+    path = fetch("mnist", mirror=url, progress=bar)
     assert path == own_cache / "mnist.h5" == resolve("mnist")
+    assert bar.total == (folder / "t10k-labels-idx1-ubyte.gz").stat().st_size and bar.close.call_count == 4
     assert info(path)["splits"]["train"]["samples"] == 30
     for file in folder.iterdir():
         file.unlink()
