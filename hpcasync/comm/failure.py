@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import traceback
 from types import TracebackType
 from typing import Any, NoReturn
+
+from hpcasync.comm.launch import launched_rank
+
+MEET_SECONDS = 3.0
+"""How long a rank with bad input waits for the others to find the same."""
+
+_comm: Any = None  # of our own, so that a failing rank's messages meet no other traffic
 
 
 def install(comm: Any) -> None:
@@ -17,6 +25,8 @@ def install(comm: Any) -> None:
     Args:
         comm: an mpi4py communicator whose job is to end.
     """
+    global _comm
+    _comm = comm.Dup()
     previous = sys.excepthook
 
     def main_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -31,6 +41,28 @@ def install(comm: Any) -> None:
 
     sys.excepthook = main_hook
     threading.excepthook = thread_hook
+
+
+def usage_failed(message: str) -> int:
+    """Say what is wrong with the input, once for the job, and return exit code 2.
+
+    Where every rank found something wrong, rank 0 speaks and all leave in good order. Where only some did, the others
+    are still working: those that failed speak, by rank, and the job ends.
+    """
+    if _comm is None:
+        if launched_rank() == 0:
+            print(message, file=sys.stderr, flush=True)
+        return 2
+    everyone = _comm.Ibarrier()
+    deadline = time.monotonic() + MEET_SECONDS
+    while not everyone.Test():
+        if time.monotonic() > deadline:
+            print(f"rank {_comm.rank}: {message}", file=sys.stderr, flush=True)
+            abort(_comm, 2)
+        time.sleep(0.01)
+    if _comm.rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    return 2
 
 
 def report(

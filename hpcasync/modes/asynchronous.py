@@ -96,6 +96,8 @@ class Async(Mode):
         buffer = torch.from_numpy(self._out) if device.type == "cpu" else torch.zeros(layout.total, device=device)
         self._flat = FlatParameters(self.params, names, layout, buffer)
         self._publish()
+        rule.warm_up()
+        all_finite(self._out[:1])
         self._warned_outside = False
         self._closed = False
         atexit.register(self.close)

@@ -32,6 +32,8 @@ class _Block:
         self.fetch()
         self.anchor = self.host.copy()
         self.velocity = np.zeros_like(self.host)
+        one = np.zeros((3, 1), dtype)
+        block_update(*one, 1, 0.0, 1.0, False)  # load or compile the kernel now, so that no step pays for it
 
     def fetch(self) -> None:
         """Bring the model to the host buffer."""

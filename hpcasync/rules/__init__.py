@@ -13,6 +13,7 @@ from hpcasync.rules.trend_smooth import TrendSmooth
 
 RULES: dict[str, type[Rule]] = {
     "asgd": ASGD,
+    "plain": ASGD,  # the same, by the name that fits the synchronous modes
     "trend-smooth": TrendSmooth,
 }
 """Every rule by its name on the command line: a new rule is one file and one line here."""

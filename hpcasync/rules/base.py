@@ -163,6 +163,11 @@ class Rule:
             tau,
         )
 
+    def warm_up(self) -> None:
+        """Load or compile the kernel now, so that no step pays for it."""
+        state = np.zeros((1 + len(self.vectors), 1), np.float32)
+        self.update(state, 0, np.zeros(1, np.float32), state[0], self.hyper(self.group_options()), 1, 0)
+
     def reference(
         self, state: dict[str, np.ndarray], grad: np.ndarray, group: Mapping[str, Any], count: int, tau: int
     ) -> None:

@@ -1,0 +1,72 @@
+"""``hpcasync train``: one training run, on as many ranks as mpiexec or srun started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from hpcasync.train.config import OPTIONS, Option, make_config, read_config, rule_options
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Train a model. Start it under mpiexec or srun for several ranks; alone it is one rank.",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", default=None, help="TOML file with keys named like the flags; flags win")
+    parser.add_argument("--json", action="store_true", default=False, help="print the result as one JSON object, last")
+    general = parser.add_argument_group("run")
+    for option in OPTIONS:
+        _add_flag(general, option)
+    rule = parser.add_argument_group("rule (defaults are the rule's own)")
+    for option in rule_options():
+        _add_flag(rule, option)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then show the table, and the JSON line if asked."""
+    flags = {k: v for k, v in vars(args).items() if k not in ("command", "run", "config", "json")}
+    config = make_config(read_config(args.config) if args.config else {}, flags)
+
+    from hpcasync.comm import init
+    from hpcasync.train.loop import train
+    from hpcasync.train.table import console, ranks_table, runs_table
+
+    outcome = train(config)
+    if init().rank == 0:
+        out = console()
+        out.print(runs_table([(config.name, outcome.result)]))
+        out.print(ranks_table(outcome.ranks))
+        out.print(f"records: {outcome.folder}", soft_wrap=True)
+        if args.json:
+            print(json.dumps(outcome.result), flush=True)
+    return 0
+
+
+def _add_flag(group: Any, option: Option) -> None:
+    flag = "--" + option.name.replace("_", "-")
+    text = option.help
+    if option.default is not None and option.kind is not bool:
+        text += f" (default: {option.default})"
+    if option.modes:
+        text += f" [mode {', '.join(option.modes)}]"
+    text = text.replace("%", "%%")
+    if option.kind is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, dest=option.name)
+    elif option.kind == "floats":
+        group.add_argument(flag, nargs=2, type=float, metavar=("B1", "B2"), help=text, dest=option.name)
+    else:
+        kind = _number_or_word if option.kind == "number-or-word" else option.kind
+        group.add_argument(flag, type=kind, help=text, dest=option.name, metavar=option.name.upper())
+
+
+def _number_or_word(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

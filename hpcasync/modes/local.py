@@ -1,0 +1,90 @@
+"""A rule as an ordinary torch optimizer of one process: the sequential baseline, and the inner optimizer of other modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpcasync.errors import UsageError
+from hpcasync.modes.flat import Source, check_dtypes, flat_grad, groups_of
+from hpcasync.rules import ASGD, Rule
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """Applies a rule to this process's parameters only, with its vectors in ``state`` as any torch optimizer.
+
+    Args:
+        params: a module, parameters, or parameter groups, float32.
+        rule: what a gradient does.
+    """
+
+    def __init__(self, params: Source, rule: Rule) -> None:
+        groups, names, _ = groups_of(params)
+        for group in groups:
+            rule.check_options(rule.group_options() | group)
+        super().__init__(groups, rule.group_options())
+        self.rule = rule
+        flat = [p for group in self.param_groups for p in group["params"]]
+        check_dtypes(flat, names, [torch.float32], "of a rule")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step on the gradients as they are; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            hyper = self.rule.hyper(group)
+            for p in group["params"]:
+                grad = flat_grad(p, "a parameter")
+                if grad is not None:
+                    self._update(p, grad, hyper)
+        return loss
+
+    def _update(self, p: torch.Tensor, grad: np.ndarray, hyper: np.ndarray) -> None:
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            state["rows"] = torch.zeros(1 + len(self.rule.vectors), p.numel())
+            for row, vector in enumerate(self.rule.vectors, start=1):
+                state["rows"][row] = vector.start
+        state["step"] += 1
+        rows = state["rows"].numpy()
+        rows[0] = p.detach().reshape(-1).cpu().numpy()
+        self.rule.update(rows, 0, grad, rows[0], hyper, state["step"], 0)
+        p.copy_(state["rows"][0].view(p.shape))
+
+
+def torch_optimizer(rule: Rule, params: Source) -> torch.optim.Optimizer:
+    """The optimizer of one process that does what ``rule`` does: torch's own for a plain base step.
+
+    Args:
+        rule: a rule; plain (`ASGD`) rules map to the torch optimizer of their base.
+        params: a module, parameters, or parameter groups.
+
+    Raises:
+        UsageError: no trainable parameter.
+    """
+    if type(rule) is not ASGD:
+        return RuleOptimizer(params, rule)
+    groups, _, _ = groups_of(params)
+    common: dict[str, Any] = {"lr": rule.lr, "weight_decay": rule.weight_decay}
+    adam = {**common, "betas": rule.betas, "eps": rule.eps}
+    momentum = {**common, "momentum": rule.momentum}
+    optim = torch.optim
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "sgd": lambda: optim.SGD(groups, **common),
+        "momentum": lambda: optim.SGD(groups, **momentum),
+        "nesterov": lambda: optim.SGD(groups, nesterov=True, **momentum),
+        "rmsprop": lambda: optim.RMSprop(groups, alpha=rule.alpha, eps=rule.eps, **common),
+        "adam": lambda: optim.Adam(groups, **adam),
+        "adamw": lambda: optim.AdamW(groups, **adam),
+        "amsgrad": lambda: optim.Adam(groups, amsgrad=True, **adam),
+    }
+    if rule.base == "nesterov" and rule.momentum == 0:
+        raise UsageError("base nesterov with momentum 0: expected momentum > 0, or base sgd")
+    return makers[rule.base]()

@@ -1,0 +1,218 @@
+"""The configuration of a run: one dataclass, from which the flags and the keys of ``--config`` files are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcasync.errors import UsageError, unknown
+
+MODES = ("async", "sync", "kstep")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One flag, which is also one key of a configuration file.
+
+    Attributes:
+        name: the key; the flag is ``--name`` with dashes.
+        kind: type of the value (``float``, ``int``, ``str``, ``bool``), or ``"floats"`` for a list of two.
+        default: value when not given.
+        help: one line.
+        modes: modes that it belongs to; empty means all.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    modes: tuple[str, ...] = ()
+
+
+_ASYNC, _KSTEP = ("async",), ("kstep",)
+
+OPTIONS = (
+    Option("data", str, "digits", "name of a data set or path of an imported HDF5 file"),
+    Option("model", str, "mlp", "name of a model or package.module:function"),
+    Option("mode", str, "async", "how the ranks train together: " + ", ".join(MODES)),
+    Option("rule", str, None, "update rule (default: trend-smooth in mode async, plain in the others)"),
+    Option("epochs", int, 5, "passes over the training data"),
+    Option("batch", int, 64, "samples per step and rank, at most"),
+    Option("seed", int, 0, "of the model's start, the order of the data, and dropout"),
+    Option("staleness", int, None, "a rank further ahead of the slowest, in pushes, waits (default: never)", _ASYNC),
+    Option("every", int, 32, "K, local steps per average", _KSTEP),
+    Option("block_momentum", float, 0.0, "momentum of the block step, in [0, 1)", _KSTEP),
+    Option("nesterov", bool, False, "Nesterov's form of the block momentum", _KSTEP),
+    Option("block_lr", float, 1.0, "learning rate of the block step", _KSTEP),
+    Option("warm_start", int, 0, "so many first steps average after each step", _KSTEP),
+    Option("inner_state", str, "keep", "state of the local optimizer at an average: keep, average, reset", _KSTEP),
+    Option("on_nonfinite", str, "skip", "NaN or infinity in a gradient: skip or abort"),
+    Option("eval_every", int, 1, "evaluate after so many epochs, and after the last"),
+    Option("device", str, "auto", "auto, cpu, cuda or cuda:N"),
+    Option("threads", int, None, "CPU threads per rank (default: the node's cores, shared)"),
+    Option("output", str, None, "folder of the run (default: runs/<time>-<name>)"),
+    Option("name", str, None, "name of the run (default: data-model-mode)"),
+)
+
+RULE_HELP = {
+    "lr": "learning rate (default: by base)",
+    "base": "base step: sgd, momentum, nesterov, rmsprop, adam, adamw, amsgrad",
+    "momentum": "decay of the momentum buffer",
+    "alpha": "decay of RMSProp's squared average",
+    "betas": "decays of Adam's two moments",
+    "eps": "added to the denominator of adaptive bases",
+    "weight_decay": "L2 coefficient",
+    "variant": "Trend-Smooth's formula",
+    "beta": "decay of Trend-Smooth's trend",
+    "shrink": "Trend-Smooth 'opposed': factor, or 'staleness'",
+    "floor": "Trend-Smooth: least factor",
+    "up": "Trend-Smooth 'rate': recovery per agreeing step",
+    "down": "Trend-Smooth 'rate': factor per opposing step",
+    "masked": "Trend-Smooth: the trend follows the shrunk steps",
+}
+_RULE_KINDS: dict[str, Any] = {"base": str, "variant": str, "shrink": "number-or-word", "betas": "floats", "masked": bool}
+
+
+def rule_options() -> tuple[Option, ...]:
+    """The options of all rules, each once; the default is the rule's own."""
+    from hpcasync.rules import RULES, options_of
+
+    names = dict.fromkeys(n for rule in RULES for n in options_of(rule))
+    return tuple(Option(n, _RULE_KINDS.get(n, float), None, RULE_HELP.get(n, "")) for n in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, and how. Field names are the keys; ``options`` are the rule's own keys."""
+
+    data: str = "digits"
+    model: str = "mlp"
+    mode: str = "async"
+    rule: str = ""
+    epochs: int = 5
+    batch: int = 64
+    seed: int = 0
+    staleness: int | None = None
+    every: int = 32
+    block_momentum: float = 0.0
+    nesterov: bool = False
+    block_lr: float = 1.0
+    warm_start: int = 0
+    inner_state: str = "keep"
+    on_nonfinite: str = "skip"
+    eval_every: int = 1
+    device: str = "auto"
+    threads: int | None = None
+    output: str | None = None
+    name: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def keys(self) -> dict[str, Any]:
+        """The configuration as the flat keys of a file, without those of other modes and those not set."""
+        flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
+        foreign = {o.name for o in OPTIONS if o.modes and self.mode not in o.modes}
+        flat = {k: v for k, v in flat.items() if k not in foreign} | self.options
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
+
+
+def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
+    """Merge keys, the later sources winning, check them, and fill in what is not given.
+
+    Raises:
+        UsageError: unknown key, wrong type, value out of range, a key of another mode.
+    """
+    from hpcasync.rules import make_rule
+
+    known = {o.name: o for o in (*OPTIONS, *rule_options())}
+    keys: dict[str, Any] = {}
+    for source in sources:
+        for name, value in source.items():
+            key = name.replace("-", "_")
+            if key not in known:
+                raise unknown("option", name, known)
+            if value is not None:
+                keys[key] = _typed(known[key], value)
+    mode = keys.get("mode", "async")
+    if mode not in MODES:
+        raise unknown("mode", mode, MODES)
+    for key in keys:
+        modes = known[key].modes
+        if modes and mode not in modes:
+            raise UsageError(f"--{key.replace('_', '-')} belongs to mode {', '.join(modes)}; the mode is {mode}")
+    for key, least in (("epochs", 1), ("batch", 1), ("seed", 0), ("staleness", 0), ("every", 1)):
+        _at_least(keys, key, least)
+    for key, least in (("warm_start", 0), ("eval_every", 1), ("threads", 1)):
+        _at_least(keys, key, least)
+    rule_names = {o.name for o in rule_options()}
+    options = {k: keys.pop(k) for k in list(keys) if k in rule_names}
+    keys.setdefault("rule", "trend-smooth" if mode == "async" else "plain")
+    rule = make_rule(keys["rule"], options)
+    stem = Path(str(keys.get("data", "digits"))).stem
+    keys.setdefault("name", f"{stem}-{str(keys.get('model', 'mlp')).split(':')[-1]}-{mode}")
+    described = {k: v for k, v in rule.describe().items() if k != "name"}
+    return TrainConfig(**keys, options=described)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The keys of a TOML file.
+
+    Raises:
+        UsageError: not there, not TOML, tables in it.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        keys = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}; expected a TOML file with keys like the flags") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not TOML ({error}); expected lines such as  epochs = 5") from error
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            raise UsageError(f"--config {path}: [{key}] is a table; expected plain keys, one per flag")
+    return keys
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration so that ``--config`` reads it back to the same run."""
+    import tomli_w
+
+    from hpcasync.data.atomic import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_bytes(tomli_w.dumps(config.keys()).encode())
+
+
+def _typed(option: Option, value: Any) -> Any:
+    """The value in the option's type; a TOML integer will do for a float."""
+    kind = option.kind
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and number:
+        return float(value)
+    if kind == "floats" and _is_pair(value):
+        return tuple(float(v) for v in value)
+    if kind == "number-or-word" and (number or isinstance(value, str)):
+        return float(value) if number else value
+    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    wanted = {"floats": "two numbers", "number-or-word": "a number or a word", int: "a whole number", float: "a number"}
+    wanted |= {str: "a text", bool: "true or false"}
+    raise UsageError(f"--{option.name.replace('_', '-')}={value!r}: expected {wanted[kind]}")
+
+
+def _is_pair(value: Any) -> bool:
+    if not isinstance(value, Iterable) or isinstance(value, str):
+        return False
+    items = list(value)
+    return len(items) == 2 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in items)
+
+
+def _at_least(keys: Mapping[str, Any], key: str, least: int) -> None:
+    if key in keys and keys[key] < least:
+        raise UsageError(f"--{key.replace('_', '-')}={keys[key]}: expected a whole number >= {least}")

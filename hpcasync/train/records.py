@@ -1,0 +1,134 @@
+"""The folder of a run: configuration, one JSON line per evaluation, one HDF5 file, and the final result."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcasync.comm import World
+from hpcasync.data.atomic import replacing
+from hpcasync.errors import UsageError
+from hpcasync.train.config import TrainConfig, write_config
+
+FORMAT, VERSION = "hpcasync-run", 1
+CURVES = ("epoch", "updates", "seconds", "train_loss", "test_loss", "test_accuracy")
+"""Columns of ``curves/`` in the run file, one entry per evaluation."""
+RANK_COLUMNS = ("seconds", "compute", "communicate", "wait", "samples", "updates", "skipped")
+"""Columns of ``ranks/`` in the run file, one entry per rank; beside them ``staleness`` (ranks, counts)."""
+
+
+class RunFolder:
+    """Writes a run's records; only rank 0 has one.
+
+    Files: ``config.toml`` (resolved), ``metrics.jsonl`` (a line per evaluation, as it happens), ``run.h5`` and
+    ``result.json`` (at the end; never half a file under these names).
+
+    Args:
+        config: of the run; ``output`` None means ``runs/<time>-<name>``.
+
+    Raises:
+        UsageError: the folder can't be made or written, or holds a run already.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.path = _make_folder(config)
+        self._rows: list[dict[str, float]] = []
+        write_config(config, self.path / "config.toml")
+
+    def add(self, row: dict[str, float]) -> None:
+        """Record one evaluation."""
+        self._rows.append(row)
+        try:
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UsageError(f"can't write {self.path / 'metrics.jsonl'}: {error.strerror}") from error
+
+    def finish(self, result: dict[str, Any], ranks: list[dict[str, Any]], config: TrainConfig, world: World) -> None:
+        """Write ``run.h5`` and ``result.json``.
+
+        Args:
+            result: what ``--json`` prints.
+            ranks: per rank ``seconds``, ``compute``, ``communicate``, ``wait`` (seconds), ``samples``, ``updates``,
+                ``skipped``, and ``staleness`` (histogram counts).
+            config: of the run.
+            world: for the versions.
+        """
+        import h5py
+
+        with replacing(self.path / "run.h5") as temporary, h5py.File(temporary, "w") as file:
+            file.attrs.update({"format": FORMAT, "version": VERSION, "config": json.dumps(config.keys())})
+            file.attrs.update({"result": json.dumps(result), "environment": json.dumps(environment(world))})
+            for name in CURVES:
+                file[f"curves/{name}"] = np.array([row[name] for row in self._rows], np.float64)
+            for name in RANK_COLUMNS:
+                file[f"ranks/{name}"] = np.array([rank[name] for rank in ranks])
+            widest = max(len(rank["staleness"]) for rank in ranks)
+            counts = [np.pad(rank["staleness"], (0, widest - len(rank["staleness"]))) for rank in ranks]
+            file["ranks/staleness"] = np.array(counts, np.int64)
+        with replacing(self.path / "result.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def read_ranks(folder: Path) -> list[dict[str, Any]]:
+    """Per rank, what ``RunFolder.finish`` was given, from a finished run.
+
+    Raises:
+        UsageError: no finished run there.
+    """
+    import h5py
+
+    path = folder / "run.h5"
+    try:
+        with h5py.File(path, "r") as file:
+            columns = {name: values[:] for name, values in file["ranks"].items()}
+    except (OSError, KeyError) as error:
+        raise UsageError(f"{path}: not a finished run of hpcasync ({error})") from error
+    ranks = [{name: values[i] for name, values in columns.items()} for i in range(len(columns["seconds"]))]
+    for rank in ranks:
+        total = rank["compute"] + rank["communicate"] + rank["wait"]
+        rank["share"] = {k: rank[k] / total if total else 0.0 for k in ("compute", "communicate", "wait")}
+    return ranks
+
+
+def environment(world: World) -> dict[str, str]:
+    """Versions and machine, for the record."""
+    import torch
+
+    from hpcasync import __version__
+
+    versions = {"hpcasync": __version__, "torch": torch.__version__, "numpy": np.__version__, "mpi": world.library}
+    return {**versions, "python": platform.python_version(), "machine": platform.platform(), "host": platform.node()}
+
+
+def _make_folder(config: TrainConfig) -> Path:
+    if config.output is not None:
+        path = Path(config.output)
+        _make(path)
+        if (path / "result.json").exists() or (path / "metrics.jsonl").exists():
+            raise UsageError(f"--output {path} holds a run already; choose another folder or remove that one")
+        return path
+    stem = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
+    for attempt in range(100):
+        path = Path(stem if not attempt else f"{stem}-{attempt + 1}")
+        if not path.exists():
+            _make(path)
+            return path
+    raise UsageError(f"100 runs named {stem} already; give --output")
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"output folder {path} is not writable: {error.strerror}; give another one with --output"
+        ) from error
