@@ -192,6 +192,13 @@ def _apply(w, d, keep, out):
 
 
 @njit(**_OPTIONS)
+def _apply_in_place(w, d, keep):
+    """``w = keep w + d``. On its own: with ``out`` equal to ``w`` the alias checks of ``_apply`` choose a scalar loop."""
+    for i in range(w.size):
+        w[i] = keep * w[i] + d[i]
+
+
+@njit(**_OPTIONS)
 def fused_update(
     state: np.ndarray,
     start: int,
@@ -227,6 +234,7 @@ def fused_update(
     keep = np.float32(1 - lr * decay) if decoupled else _ONE
     coupled = np.float32(0 if decoupled else decay)
     shrink = np.float32(1 / (1 + tau) if by_staleness else hyper[8])
+    in_place = out.ctypes.data == state[0, start:].ctypes.data
     d_block = np.empty(BLOCK, np.float32)
     g_block = np.empty(BLOCK, np.float32)
     for at in range(0, grad.size, BLOCK):
@@ -241,4 +249,7 @@ def fused_update(
         _base(base, d, g, state, 1, lo, hi, hyper, count)
         if variant != 0:
             _modify(variant, d, state, 1 + vectors, lo, hi, hyper, masked, shrink)
-        _apply(w, d, keep, out[at:end])
+        if in_place:
+            _apply_in_place(w, d, keep)
+        else:
+            _apply(w, d, keep, out[at:end])
