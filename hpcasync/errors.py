@@ -21,6 +21,6 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Usage
     """
     names = sorted(known)
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
+    guess = f"; did you mean {near[0]!r}?" if near else "."
     tail = f" {hint}" if hint else ""
     return UsageError(f"unknown {kind} {name!r}{guess} Known: {', '.join(names)}.{tail}")

@@ -85,7 +85,8 @@ class Rule:
             raise unknown("base", str(self.base), BASES)
         if self.lr is None:
             object.__setattr__(self, "lr", DEFAULT_LR[self.base])
-        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
         self.check_options(self.group_options())
 
     @property

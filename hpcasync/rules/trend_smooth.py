@@ -61,6 +61,8 @@ class TrendSmooth(Rule):
     def __post_init__(self) -> None:
         if self.variant not in _MODIFIER_VECTORS:
             raise unknown("variant", str(self.variant), _MODIFIER_VECTORS)
+        if not isinstance(self.masked, bool):
+            raise UsageError(f"masked={self.masked!r}: expected True or False")
         super().__post_init__()
 
     def modifier_vectors(self) -> tuple[Vector, ...]:
