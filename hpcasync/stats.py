@@ -81,7 +81,8 @@ class Staleness:
     def merge(self, other: Staleness) -> Staleness:
         """The histogram of both."""
         size = max(self.counts.size, other.counts.size)
-        return Staleness(sum(np.pad(c, (0, size - c.size)) for c in (self.counts, other.counts)))
+        mine, theirs = (np.pad(c, (0, size - c.size)) for c in (self.counts, other.counts))
+        return Staleness(mine + theirs)
 
     def summary(self) -> dict[str, float]:
         """``mean``, ``p50``, ``p95`` and ``max`` in updates; all 0 for an empty histogram."""

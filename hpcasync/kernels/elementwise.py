@@ -20,7 +20,7 @@ def all_finite(values: np.ndarray) -> bool:
     for i in range(bits.size):
         magnitude = bits[i] & mask
         largest = max(largest, magnitude)
-    return largest < 0x7F800000
+    return bool(largest < 0x7F800000)
 
 
 @njit(**_OPTIONS)

@@ -102,7 +102,7 @@ class Async(Mode):
         self._closed = False
         atexit.register(self.close)
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Push this rank's gradient and pull the newest parameters.
 
         Args:

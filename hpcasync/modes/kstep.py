@@ -118,7 +118,7 @@ class KStep(Wrapper):
             for d in dict.fromkeys(p.dtype for p in self.params)
         ]
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """One local step; after the K-th, the average.
 
         Args:
@@ -131,7 +131,7 @@ class KStep(Wrapper):
         self.steps += 1
         loss = None
         if closure is not None:
-            loss = self.inner.step(closure)  # type: ignore[arg-type]
+            loss = self.inner.step(closure)
             self.updates += 1
         elif all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.params):
             self.inner.step()

@@ -31,7 +31,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         check_dtypes(flat, names, [torch.float32], "of a rule")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step on the gradients as they are; returns the closure's loss, if any."""
         loss = None
         if closure is not None:

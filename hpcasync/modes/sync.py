@@ -79,7 +79,7 @@ class Sync(Wrapper):
         self._bad_ranks: list[int] = []
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_grad) for p in params if p.requires_grad]
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Average what is not yet averaged, then let the wrapped optimizer step.
 
         Args:
@@ -91,7 +91,7 @@ class Sync(Wrapper):
         self.share.start()
         self.steps += 1
         if closure is not None:
-            loss = self.inner.step(self._averaging(closure))  # type: ignore[arg-type]
+            loss = self.inner.step(self._averaging(closure))
             self.updates += 1
             self._synced = False
             return loss
@@ -152,7 +152,7 @@ class Sync(Wrapper):
         if not self._queued:
             self._queued = True
             self._synced = False
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         bucket, j = self._place[id(p)]
         if bucket.present[j] == 0:
             bucket.missing -= 1

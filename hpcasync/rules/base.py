@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,8 +26,8 @@ BASE_VECTORS: dict[str, tuple[str, ...]] = {
 
 DEFAULT_LR = {
     "sgd": 0.05,
-    "momentum": 0.01,
-    "nesterov": 0.01,
+    "momentum": 0.02,
+    "nesterov": 0.02,
     "rmsprop": 5e-4,
     "adam": 5e-4,
     "adamw": 5e-4,
@@ -50,6 +50,16 @@ def between(name: str, value: Any, low: float, high: float, *, low_open: bool = 
         raise UsageError(f"{name}={value!r}: expected a finite number in {interval}")
     if value < low or value > high or (low_open and value == low) or (high_open and value == high):
         raise UsageError(f"{name}={value!r}: expected a number in {interval}")
+
+
+def run_fused(threads: int, *args: Any) -> None:
+    """``fused_update`` of ``args``, on several threads where the caller may use them."""
+    if threads > 1:
+        from hpcasync.kernels import team
+
+        team.update(threads, *args)
+    else:
+        fused_update(*args)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +86,7 @@ class Rule:
     base: str = "sgd"
     momentum: float = 0.9
     alpha: float = 0.99
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Sequence[float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
 
@@ -137,6 +147,8 @@ class Rule:
         hyper: np.ndarray,
         count: int,
         tau: int,
+        *,
+        threads: int = 1,
     ) -> None:
         """Apply ``grad`` to the elements from ``start`` on, in place, and write the new ``w`` to ``out``.
 
@@ -148,8 +160,10 @@ class Rule:
             hyper: what ``hyper()`` returned for the parameter group.
             count: number of this update of the shard, from 1.
             tau: staleness, updates applied to the shard since the caller read it.
+            threads: threads to work on it.
         """
-        fused_update(
+        run_fused(
+            threads,
             state,
             start,
             grad,

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hpcasync.errors import UsageError, unknown
-from hpcasync.kernels import BASES, HYPER, VARIANTS, fused_update
-from hpcasync.rules.base import BASE_VECTORS, Rule, Vector, between
+from hpcasync.kernels import BASES, HYPER, VARIANTS
+from hpcasync.rules.base import BASE_VECTORS, Rule, Vector, between, run_fused
 
 _MODIFIER_VECTORS = {
     "opposed": (Vector("trend"),),
@@ -101,8 +101,11 @@ class TrendSmooth(Rule):
         hyper: np.ndarray,
         count: int,
         tau: int,
+        *,
+        threads: int = 1,
     ) -> None:
-        fused_update(
+        run_fused(
+            threads,
             state,
             start,
             grad,

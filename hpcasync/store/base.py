@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -64,7 +63,7 @@ class Store:
         versions: int64 (shards,), updates applied to each shard.
         writers: int64 (shards,), the last worker that wrote each shard, -1 before.
         clocks: int64 (workers,), pushes of each worker, ``IDLE`` for one that nobody needs to wait for.
-        threads: shards that one push works on at a time.
+        threads: threads that work on a shard together.
     """
 
     def __init__(
@@ -86,8 +85,7 @@ class Store:
         self.versions = versions
         self.writers = writers
         self.clocks = clocks
-        self._threads = min(threads, len(layout.shards))
-        self._pool = ThreadPoolExecutor(self._threads, "hpcasync-store") if self._threads > 1 else None
+        self._threads = threads
 
     # What a subclass defines.
 
@@ -141,7 +139,9 @@ class Store:
                     np.copyto(part, self.state[0, p.start : p.start + p.size])
                 else:
                     piece = grad[p.offset : p.offset + p.size]
-                    self.rule.update(self.state, p.start, piece, part, hypers[p.param], version + 1, tau)
+                    self.rule.update(
+                        self.state, p.start, piece, part, hypers[p.param], version + 1, tau, threads=self._threads
+                    )
             self.versions[k] = worker.read[k] = version + 1
             self.writers[k] = worker.index
             taus[k] = tau
@@ -167,18 +167,7 @@ class Store:
     def _over_shards(self, worker: Worker, work: Callable[[int, Shard], None]) -> None:
         """Run ``work`` under the lock of every shard, each once, taking free shards first."""
         count = len(self.layout.shards)
-        order = [(worker.first + i) % count for i in range(count)]
-        if self._pool is None:
-            worker.waited += self._drain(worker, order, work)
-        else:
-            parts = [order[t :: self._threads] for t in range(self._threads)]
-            drains = [self._pool.submit(self._drain, worker, part, work) for part in parts]
-            worker.waited += max([drain.result() for drain in drains])
-
-    def _drain(self, worker: Worker, order: Sequence[int], work: Callable[[int, Shard], None]) -> float:
-        """Work on the shards of ``order``; returns the seconds spent waiting for locks."""
-        waited = 0.0
-        todo = deque(order)
+        todo = deque((worker.first + i) % count for i in range(count))
         backoff = Backoff()
         misses = 0
         while todo:
@@ -193,9 +182,8 @@ class Store:
             todo.append(k)
             misses += 1
             if misses >= len(todo):  # every shard left is held by somebody else
-                waited += backoff.pause()
+                worker.waited += backoff.pause()
                 misses = 0
-        return waited
 
     # Bounded staleness.
 
@@ -231,6 +219,3 @@ class Store:
 
     def close(self) -> None:
         """Give back what the store holds. Idempotent; collective where the store is shared."""
-        if self._pool is not None:
-            self._pool.shutdown()
-            self._pool = None

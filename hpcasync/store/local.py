@@ -18,7 +18,7 @@ class LocalStore(Store):
         layout: where each parameter lies.
         rule: what a gradient does.
         workers: number of workers.
-        threads: shards that one push works on at a time.
+        threads: threads that work on a shard together.
     """
 
     def __init__(self, layout: Layout, rule: Rule, *, workers: int = 1, threads: int = 1) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class WindowStore(Store):
         world: the ranks; all must be on one node.
         layout: where each parameter lies.
         rule: what a gradient does.
-        threads: shards that one push works on at a time.
+        threads: threads that work on a shard together.
 
     Raises:
         UsageError: several nodes; shared memory too small.
@@ -56,8 +56,8 @@ class WindowStore(Store):
         comm = world.node_comm
         self._data = MPI.Win.Allocate_shared(4 * rows * layout.total if holds else 0, 4, comm=comm)
         self._control = MPI.Win.Allocate_shared(8 * LINE * (shards + world.size) if holds else 0, 8, comm=comm)
-        state = np.frombuffer(self._data.Shared_query(0)[0], np.float32).reshape(rows, layout.total)
-        words = np.frombuffer(self._control.Shared_query(0)[0], np.int64).reshape(-1, LINE)
+        state = np.frombuffer(cast(Any, self._data.Shared_query(0)[0]), np.float32).reshape(rows, layout.total)
+        words = np.frombuffer(cast(Any, self._control.Shared_query(0)[0]), np.int64).reshape(-1, LINE)
         for window in (self._data, self._control):
             window.Lock_all(MPI.MODE_NOCHECK)
         if holds:

@@ -12,6 +12,7 @@ from typing import Any
 from hpcasync.errors import UsageError, unknown
 
 MODES = ("async", "sync", "kstep")
+SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ OPTIONS = (
     Option("mode", str, "async", "how the ranks train together: " + ", ".join(MODES)),
     Option("rule", str, None, "update rule (default: trend-smooth in mode async, plain in the others)"),
     Option("epochs", int, 5, "passes over the training data"),
-    Option("batch", int, 64, "samples per step and rank, at most"),
+    Option("batch", int, 32, "samples per step and rank, at most"),
     Option("seed", int, 0, "of the model's start, the order of the data, and dropout"),
+    Option("schedule", str, "constant", "learning rate over the run: constant, or cosine (to zero)"),
     Option("staleness", int, None, "a rank further ahead of the slowest, in pushes, waits (default: never)", _ASYNC),
     Option("every", int, 32, "K, local steps per average", _KSTEP),
     Option("block_momentum", float, 0.0, "momentum of the block step, in [0, 1)", _KSTEP),
@@ -94,8 +96,9 @@ class TrainConfig:
     mode: str = "async"
     rule: str = ""
     epochs: int = 5
-    batch: int = 64
+    batch: int = 32
     seed: int = 0
+    schedule: str = "constant"
     staleness: int | None = None
     every: int = 32
     block_momentum: float = 0.0
@@ -139,6 +142,8 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
     mode = keys.get("mode", "async")
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
+    if keys.get("schedule", "constant") not in SCHEDULES:
+        raise unknown("schedule", keys["schedule"], SCHEDULES)
     for key in keys:
         modes = known[key].modes
         if modes and mode not in modes:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from hpcasync import models
 from hpcasync.comm import World, agree, init, raise_together
@@ -103,6 +104,8 @@ class _Run:
     ) -> None:
         self.config, self.world, self.dataset, self.batches = config, world, dataset, batches
         self.model, self.mode, self.progress, self.folder = model, mode, progress, folder
+        steps = config.epochs * len(batches)
+        self.schedule = CosineAnnealingLR(mode, steps) if config.schedule == "cosine" else None
         self.samples = 0
         self.row: dict[str, float] = {}
 
@@ -124,8 +127,10 @@ class _Run:
         for step, (x, y) in enumerate(self.batches, start=1):
             self.mode.zero_grad()
             loss = F.cross_entropy(self.model(x.to(device)), y.to(device))
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             self.mode.step()
+            if self.schedule is not None:
+                self.schedule.step()
             value = loss.item()
             loss_sum += value * len(y)
             seen += len(y)
