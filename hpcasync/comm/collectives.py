@@ -140,6 +140,8 @@ class MPICollectives:
         return _Requests(started, self._polite, buffer)
 
     def broadcast(self, buffer: np.ndarray, root: int = 0) -> None:
+        if not buffer.flags.c_contiguous:
+            raise TypeError(f"broadcast of a strided array of shape {buffer.shape}: expected a contiguous one")
         for part in _segments(buffer.reshape(-1).view(np.uint8)):
             self._comm.Bcast(part, root=root)
 

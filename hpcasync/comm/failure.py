@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -70,9 +71,12 @@ def report(
 ) -> None:
     """Print the traceback in one write, headed by the rank, so that ranks do not interleave."""
     text = "".join(traceback.format_exception(kind, error, trace))
-    sys.stdout.flush()
-    sys.stderr.write(f"hpcasync: rank {comm.rank} of {comm.size} failed; ending the job\n{text}")
-    sys.stderr.flush()
+    # A closed or broken stream must not keep the caller from ending the job.
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(Exception):
+        sys.stderr.write(f"hpcasync: rank {comm.rank} of {comm.size} failed; ending the job\n{text}")
+        sys.stderr.flush()
 
 
 def abort(comm: Any, code: int) -> NoReturn:

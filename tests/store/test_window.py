@@ -43,7 +43,7 @@ def run(mpirun: MpiRun, n: int, body: str, timeout: float = 100) -> None:
 
 COUNTS = """
 # Every rank pushes; between its pushes it pulls: values inside a shard are equal, and never go back.
-for threads, sizes, shard, pushes in ((1, [3, 100, 30], 16, 150), (2, [3, 5000, 30], 700, 80), (1, [7], 16, 300)):
+for threads, sizes, shard, pushes in ((1, [3, 100, 30], 16, 60), (2, [3, 5000, 30], 700, 40), (1, [7], 16, 150)):
     store, worker, grads, hypers, out = counting(sizes, shard, threads)
     last = np.zeros(len(store.layout.shards))
     for i in range(pushes):
@@ -67,24 +67,25 @@ for threads, sizes, shard, pushes in ((1, [3, 100, 30], 16, 150), (2, [3, 5000, 
 """
 
 READER = """
-# Ranks 1.. push with no pause; rank 0 only reads: never two values inside a shard.
+# Ranks 1.. push with no pause until rank 0 has read 40 times: never two values inside a shard.
 store, worker, grads, hypers, out = counting([40000, 3, 20000], 30000)
-done = False
+pushes = 0
 if me == 0:
-    reads, distinct = 0, set()
-    while store.clocks[1:].min() < 200:
+    distinct = set()
+    while store.clocks[0] < 40:
         store.pull(worker, out)
         seen = values(store, out)
         assert all(len(v) == 1 for v in seen), [sorted(v)[:4] for v in seen]
         distinct |= {min(v) for v in seen}
-        reads += 1
-    assert reads >= 3 and len(distinct) >= 3, (reads, distinct)
+        store.clocks[0] += 1
+    assert len(distinct) > 3, distinct
 else:
-    for _ in range(200):
+    while store.clocks[0] < 40:
         store.push_pull(worker, grads, out, hypers)
+        pushes += 1
 store.barrier()
 store.pull(worker, out)
-assert values(store, out) == [{200.0 * (P - 1)}] * len(store.layout.shards)
+assert values(store, out) == [{float(sum(world.gather(pushes)))}] * len(store.layout.shards)
 store.close()
 """
 
@@ -126,10 +127,9 @@ for bound in (0, 3):
         store.gate(worker, bound)
         ahead.append(int(store.clocks[me] - store.clocks.min()))
     assert max(ahead) <= bound, ahead
-    if bound and me != P - 1:
-        assert max(ahead) == bound, ahead  # it did use its freedom
-    if me != P - 1:
-        assert worker.waited > 0.05, worker.waited
+    if bound:
+        assert max(map(max, world.gather(ahead))) > 0  # somebody used the freedom
+    assert sum(world.gather(worker.waited)) > 0.05
     store.barrier()
     assert store.clocks.tolist() == [15] * P
     store.close()
@@ -152,11 +152,11 @@ def test_one_rank(mpirun: MpiRun) -> None:
 def test_eight_ranks_on_few_cores_and_one_tiny_shard(mpirun: MpiRun) -> None:
     body = """
         store, worker, grads, hypers, out = counting([1], 16)
-        for _ in range(100):
+        for _ in range(50):
             store.push_pull(worker, grads, out, hypers)
         store.barrier()
         store.pull(worker, out)
-        assert out[0] == 100 * P, out[0]
+        assert out[0] == 50 * P, out[0]
         store.close()
     """
     run(mpirun, 8, body.replace("\n        ", "\n"), timeout=150)
