@@ -1,8 +1,8 @@
 """A training step of `Async` at one rank against the plain torch loop with the same optimizer.
 
 Both sides train their own copy of the same model on the same batch, in short blocks in turn, with the same
-number of torch threads. Small model (LeNet-5): the whole step, where overhead per step counts. Large model (25 M): the
-optimizer's `step()` alone, where the memory traffic counts.
+number of torch threads. Small model (LeNet-5): the whole step, where overhead per step counts. Large model
+(25 M): the optimizer's `step()` alone, where the memory traffic counts.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def small(world, report: Report, base: str, rounds: int, block: int) -> None:
 
 
 def large(world, report: Report, base: str, width: int, rounds: int) -> None:
-    """A perceptron, 25 M parameters at width 4096: the optimizer's and the whole step, step by step in turn."""
+    """A perceptron, 25 M parameters at width 4096: the optimizer's and the whole step, one by one in turn."""
     model, inputs, classes = wide_mlp(width)
     both = pair(model, base, world)
     x, y = torch.randn(BATCH, inputs), torch.randint(classes, (BATCH,))

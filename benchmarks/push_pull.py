@@ -1,9 +1,9 @@
 """Fused push+pull of the store against the bare kernel on private memory and against np.copyto.
 
-One rank: `Store.push_pull` through the shared window (and through the private store that one rank really uses,
-where the model lies in the store) against `rule.update` over the same elements in one call. Two ranks: both push
-to one window at the same time, against both running the bare kernel on private memory. Times are per update of
-all ranks together: 1 / sum over ranks of (1 / seconds).
+One rank: `Store.push_pull` through the shared window (and through the private store that one rank really
+uses, where the model lies in the store) against `rule.update` over the same elements in one call. Two ranks:
+both push to one window at the same time, against both running the bare kernel on private memory. Times are
+per update of all ranks together: 1 / sum over ranks of (1 / seconds).
 """
 
 from __future__ import annotations

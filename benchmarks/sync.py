@@ -1,9 +1,9 @@
 """A training step of `Sync` against torch's DistributedDataParallel (gloo) in the same processes.
 
-Every side trains its own copy of the same model on the same batch, in blocks in turn; all ranks run the same side
-at the same time. `local` is the same step without averaging: what is above it is the price of communication.
-DistributedDataParallel runs without its broadcast of buffers, since Sync has none; once with its defaults, once
-with `gradient_as_bucket_view=True`, which saves it a copy.
+Every side trains its own copy of the same model on the same batch, in blocks in turn; all ranks run the same
+side at the same time. `local` is the same step without averaging: what is above it is the price of
+communication. DistributedDataParallel runs without its broadcast of buffers, since Sync has none; once with
+its defaults, once with `gradient_as_bucket_view=True`, which saves it a copy.
 """
 
 from __future__ import annotations

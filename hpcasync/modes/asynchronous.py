@@ -18,6 +18,7 @@ from hpcasync.modes.flat import FlatParameters, Source, check_dtypes, flat_grad,
 from hpcasync.rules import Rule
 from hpcasync.rules.base import between
 from hpcasync.store import IDLE, LocalStore, Store, WindowStore, make_layout
+from hpcasync.store.layout import SHARD_ELEMENTS
 
 
 class Async(Mode):
@@ -79,9 +80,10 @@ class Async(Mode):
                 ],
             },
         )
-        layout = make_layout([p.numel() for p in self.params])
         device = self.params[0].device
         self._one = self.world.size == 1
+        # One rank meets nobody in a shard: long ones keep several threads busy.
+        layout = make_layout([p.numel() for p in self.params], SHARD_ELEMENTS * (16 if self._one else 1))
         threads = self.world.threads
         self.store: Store = (
             LocalStore(layout, rule, threads=threads)
@@ -119,7 +121,7 @@ class Async(Mode):
         self._notice_changes()
         self.steps += 1
         grads = [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
-        if all(g is None or all_finite(g) for g in grads):
+        if all(g is None or self._finite(g) for g in grads):
             self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, self._hypers()))
             self.updates += 1
         else:
@@ -192,6 +194,13 @@ class Async(Mode):
         atexit.unregister(self.close)
         self.synchronize()
         self.store.close()
+
+    def _finite(self, grad: np.ndarray) -> bool:
+        if self.world.threads > 1:
+            from hpcasync.kernels import team
+
+            return team.finite(self.world.threads, grad)
+        return bool(all_finite(grad))
 
     def _hypers(self) -> list[np.ndarray]:
         return [h for g in self.param_groups for h in [self.rule.hyper(g)] * len(g["params"])]

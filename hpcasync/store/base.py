@@ -14,9 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
+from hpcasync.backoff import Backoff
 from hpcasync.rules import Rule
 from hpcasync.stats import Staleness
-from hpcasync.backoff import Backoff
 from hpcasync.store.layout import Layout, Shard
 
 IDLE = np.iinfo(np.int64).max
@@ -127,7 +127,7 @@ class Store:
 
         def apply(k: int, shard: Shard) -> None:
             version, read = int(self.versions[k]), int(worker.read[k])
-            if all(grads[p.param] is None for p in shard.pieces):
+            if not any([grads[p.param] is not None for p in shard.pieces]):
                 np.copyto(out[shard.start : shard.stop], self.state[0, shard.start : shard.stop])
                 worker.read[k] = version
                 return

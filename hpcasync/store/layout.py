@@ -8,8 +8,8 @@ from dataclasses import dataclass
 ALIGN = 16
 """Elements: every parameter starts on a 64-byte boundary."""
 
-SHARD_ELEMENTS = 1 << 18
-"""Elements of ``w`` per shard, 1 MB: long enough to hide a lock, short enough that ranks seldom meet in one."""
+SHARD_ELEMENTS = 1 << 19
+"""Elements of ``w`` per shard, 2 MB: long enough to hide a lock, short enough that ranks seldom meet in one."""
 
 
 @dataclass(frozen=True)
