@@ -29,7 +29,8 @@ HYPER = {
 }
 """Places of the hyper-parameters in the ``hyper`` vector."""
 
-BLOCK = 2048
+BLOCK = 512
+"""Elements: measured best from 128 to 16384; the processor's prefetch goes on from one block to the next."""
 _TINY = np.float32(1e-30)
 _ONE = np.float32(1)
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
@@ -193,7 +194,7 @@ def _apply(w, d, keep, out):
 
 @njit(**_OPTIONS)
 def _apply_in_place(w, d, keep):
-    """``w = keep w + d``. On its own: with ``out`` equal to ``w`` the alias checks of ``_apply`` choose a scalar loop."""
+    """``w = keep w + d``, where ``out`` is ``w``: the alias checks of ``_apply`` would choose a scalar loop."""
     for i in range(w.size):
         w[i] = keep * w[i] + d[i]
 
