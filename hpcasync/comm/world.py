@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ _lock = threading.Lock()
 
 
 def init(*, device: str | torch.device = "auto", threads: int | None = None, mpi: bool = True) -> World:
-    """Initialise MPI if there is one and return this process's ``World``; later calls return the same one.
+    """Initialise MPI if there is one and return this process's ``World``; later calls return the same ranks.
 
     Not started under MPI is fine and means one rank. Uncaught exceptions end the whole job from here on.
 
@@ -77,6 +77,11 @@ def init(*, device: str | torch.device = "auto", threads: int | None = None, mpi
     with _lock:
         if _world is None:
             _world = _make_world(device, threads, mpi)
+        else:  # MPI is initialised once; a later choice of device or threads still counts
+            if str(device) != "auto":
+                _world = replace(_world, device=_pick_device(device, _world.local_rank))
+            if threads is not None:
+                _world = replace(_world, threads=_set_threads(threads, 1, 1))
         return _world
 
 

@@ -59,8 +59,7 @@ def train(config: TrainConfig) -> Outcome:
     mode.close()
     ranks = world.gather(_rank_record(mode, run.samples))
     result = _result(config, world, ranks, run)
-    if folder is not None:
-        folder.finish(result, ranks, config, world)
+    _together(world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None)
     path = Path(world.gather(str(folder.path) if folder is not None else "")[0])
     return Outcome(result, ranks, path)
 

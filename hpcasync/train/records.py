@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import time
@@ -61,7 +62,8 @@ class RunFolder:
         """
         import h5py
 
-        with replacing(self.path / "run.h5") as temporary, h5py.File(temporary, "w") as file:
+        image = io.BytesIO()  # HDF5 itself can't report a full disk cleanly: it fails again while closing
+        with h5py.File(image, "w") as file:
             file.attrs.update({"format": FORMAT, "version": VERSION, "config": json.dumps(config.keys())})
             file.attrs.update({"result": json.dumps(result), "environment": json.dumps(environment(world))})
             for name in CURVES:
@@ -71,6 +73,8 @@ class RunFolder:
             widest = max(len(rank["staleness"]) for rank in ranks)
             counts = [np.pad(rank["staleness"], (0, widest - len(rank["staleness"]))) for rank in ranks]
             file["ranks/staleness"] = np.array(counts, np.int64)
+        with replacing(self.path / "run.h5") as temporary:
+            temporary.write_bytes(image.getbuffer())
         with replacing(self.path / "result.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

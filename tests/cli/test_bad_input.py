@@ -1,0 +1,204 @@
+"""Bad input on the command line: one clear error, exit code 2, on one and on several ranks, never a hang."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.mpi import MpiRun
+
+# One job runs all cases: main() returns 2 on every rank and the next case follows. Any rank left behind would hang it.
+PROGRAM = """
+import contextlib, io, json, sys
+from hpcasync import init
+from hpcasync.cli import main
+
+world = init()
+found = []
+for argv in json.load(open(sys.argv[1])):
+    out = io.StringIO()
+    with contextlib.redirect_stderr(out):
+        try:
+            code = main(argv)
+        except SystemExit as stop:
+            code = stop.code
+    found.append([code, out.getvalue()])
+everyone = world.gather(found)
+if world.rank == 0:
+    print(json.dumps(everyone))
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data files with something wrong."""
+    from hpcasync.data import Arrays, write_dataset
+
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.h5").write_text("this is not HDF5")
+    x, y = np.zeros((2, 4), np.float32), np.array([0, 1])
+    write_dataset(folder / "tiny.h5", Arrays(x, y, x, y))
+    whole = (folder / "tiny.h5").read_bytes()
+    (folder / "cut.h5").write_bytes(whole[: len(whole) // 2])
+    (folder / "taken").write_text("a file where a folder should be")
+    (folder / "broken.toml").write_text("epochs = = 3")
+    (folder / "keys.toml").write_text("epohcs = 3")
+    (folder / "type.toml").write_text('epochs = "three"')
+    (folder / "table.toml").write_text("[train]\nepochs = 3")
+    (folder / "nan.csv").write_text("a,b,label\n1,2,0\nnan,3,1\n")
+    (folder / "frozen.py").write_text(
+        "import torch\n"
+        "def frozen(shape, classes):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))"
+        ".requires_grad_(False)\n"
+        "def half(shape, classes):\n"
+        "    return Half(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes)).to(torch.float16))\n"
+        "def wide(shape, classes):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, classes))\n"
+        "class Half(torch.nn.Module):\n"
+        "    def __init__(self, net):\n        super().__init__(); self.net = net\n"
+        "    def forward(self, x):\n        return self.net(x.half()).float()\n"
+    )
+    return folder
+
+
+CASES = {
+    "unknown rule": (["train", "--rule", "trendsmooth"], ["trendsmooth", "did you mean 'trend-smooth'"]),
+    "unknown mode": (["train", "--mode", "asynch"], ["'asynch'", "did you mean 'async'"]),
+    "unknown model": (["train", "--model", "lenett"], ["'lenett'", "did you mean 'lenet"]),
+    "unknown data": (["train", "--data", "digit"], ["'digit'", "did you mean 'digits'"]),
+    "unknown base": (["train", "--base", "momentun"], ["'momentun'", "did you mean 'momentum'"]),
+    "unknown variant": (["train", "--variant", "oposed"], ["'oposed'", "did you mean 'opposed'"]),
+    "unknown schedule": (["train", "--schedule", "cosin"], ["did you mean 'cosine'"]),
+    "unknown flag": (["train", "--nope"], ["--nope"]),
+    "not a number": (["train", "--epochs", "x"], ["--epochs", "'x'"]),
+    "missing file": (["train", "--data", "gone.h5"], ["gone.h5", "not found"]),
+    "not HDF5": (["train", "--data", "{files}/text.h5"], ["text.h5", "HDF5"]),
+    "truncated": (["train", "--data", "{files}/cut.h5"], ["cut.h5"]),
+    "fewer samples than ranks": (["train", "--data", "{files}/tiny.h5"], ["2", "ranks"]),
+    "negative lr": (["train", "--lr", "-0.1"], ["lr=-0.1", "(0, inf"]),
+    "zero lr": (["train", "--lr", "0"], ["lr=0"]),
+    "lr not finite": (["train", "--lr", "nan"], ["lr=nan"]),
+    "momentum of 1": (["train", "--momentum", "1"], ["momentum=1", "[0, 1)"]),
+    "beta of 1": (["train", "--beta", "1.0"], ["beta=1.0", "[0, 1)"]),
+    "betas": (["train", "--base", "adam", "--betas", "0.9", "1.5"], ["betas[1]=1.5"]),
+    "floor above 1": (["train", "--floor", "1.5"], ["floor=1.5"]),
+    "shrink word": (["train", "--variant", "opposed", "--shrink", "often"], ["'often'", "staleness"]),
+    "K of 0": (["train", "--mode", "kstep", "--every", "0"], ["--every=0", ">= 1"]),
+    "block momentum of 1": (["train", "--mode", "kstep", "--block-momentum", "1"], ["block_momentum=1"]),
+    "block lr of 0": (["train", "--mode", "kstep", "--block-lr", "0"], ["block_lr=0"]),
+    "inner state": (["train", "--mode", "kstep", "--inner-state", "averge"], ["did you mean 'average'"]),
+    "negative staleness": (["train", "--staleness", "-1"], ["--staleness=-1", ">= 0"]),
+    "no epochs": (["train", "--epochs", "0"], ["--epochs=0", ">= 1"]),
+    "no batch": (["train", "--batch", "0"], ["--batch=0", ">= 1"]),
+    "no threads": (["train", "--threads", "0"], ["--threads=0"]),
+    "on-nonfinite": (["train", "--on-nonfinite", "skipp"], ["did you mean 'skip'"]),
+    "device": (["train", "--device", "tpu9000"], ["tpu9000", "cpu"]),
+    "flag of another mode": (["train", "--every", "4"], ["--every", "kstep", "async"]),
+    "option of another rule": (["train", "--rule", "asgd", "--floor", "0.1"], ["'asgd'", "'floor'"]),
+    "no trainable parameter": (["train", "--model", "frozen:frozen"], ["no trainable parameter"]),
+    "output is a file": (["train", "--output", "{files}/taken"], ["taken", "not writable", "--output"]),
+    "output below a file": (["train", "--output", "{files}/taken/run"], ["taken/run", "not writable"]),
+    "config missing": (["train", "--config", "{files}/gone.toml"], ["gone.toml"]),
+    "config not TOML": (["train", "--config", "{files}/broken.toml"], ["broken.toml", "not TOML"]),
+    "config unknown key": (["train", "--config", "{files}/keys.toml"], ["'epohcs'", "did you mean 'epochs'"]),
+    "config wrong type": (["train", "--config", "{files}/type.toml"], ["--epochs='three'", "whole number"]),
+    "config table": (["train", "--config", "{files}/table.toml"], ["[train]", "table"]),
+    "float16 parameters": (["train", "--model", "frozen:half"], ["net.1.weight is float16", "float32"]),
+    "shapes": (["train", "--model", "frozen:wide"], ["(1, 8, 8)", "784"]),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_every_case_says_what_is_wrong_once_and_returns_2(mpirun: MpiRun, files: Path, ranks: int) -> None:
+    if ranks == 1 and mpirun.lane.name != "mpich":
+        pytest.skip("one rank: the same on every MPI")
+    names = [n for n in CASES if not (n == "fewer samples than ranks" and ranks == 1)]
+    cases = [[part.replace("{files}", str(files)) for part in CASES[name][0]] for name in names]
+    (mpirun.folder / "cases.json").write_text(json.dumps(cases))
+    python_path = f"{files}:{Path(__file__).resolve().parents[2]}"
+    done = mpirun(PROGRAM, ranks, args=["cases.json"], timeout=120, env={"PYTHONPATH": python_path})
+    everyone = json.loads(done.stdout.splitlines()[-1])
+    for i, name in enumerate(names):
+        code, text = everyone[0][i]
+        assert code == 2, (name, code, text)
+        assert "Traceback" not in text
+        assert text.count("error:") == 1, (name, text)
+        for part in CASES[name][1]:
+            assert part in text, (name, part, text)
+        for rank in range(1, ranks):
+            assert everyone[rank][i][0] == 2, (name, rank)
+    assert not list(mpirun.folder.glob("runs/*/result.json"))
+
+
+def test_the_console_script_exits_with_2_under_mpiexec(mpirun: MpiRun) -> None:
+    done = mpirun.cli(["train", "--data", "nowhere.h5"], 3, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("hpcasync: error:") == 1
+    assert "nowhere.h5" in done.stderr
+
+
+def test_bad_input_on_one_rank_only_ends_the_job(mpirun: MpiRun) -> None:
+    code = """
+    import sys
+    from hpcasync import init
+    from hpcasync.cli import main
+    world = init()
+    if world.rank == 1:
+        sys.exit(main(["train", "--epochs", "0"]))
+    world.collectives.barrier()
+    """
+    done = mpirun(code, 3, check=False)
+    assert done.returncode != 0
+    assert "rank 1: hpcasync: error: --epochs=0" in done.stderr
+
+
+def test_ranks_with_different_options_are_named(mpirun: MpiRun) -> None:
+    code = """
+    import sys
+    from hpcasync import init
+    from hpcasync.cli import main
+    sys.exit(main(["train", "--epochs", "1", "--seed", str(init().rank // 2)]))
+    """
+    done = mpirun(code, 3, check=False)
+    assert done.returncode == 2
+    assert "ranks disagree on the configuration" in done.stderr
+    assert "rank 2 differs" in done.stderr
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_a_full_disk_leaves_no_half_file(mpirun: MpiRun) -> None:
+    code = """
+    import resource, sys
+    from hpcasync.cli import main
+    import hpcasync.train.records as records
+    start = records.RunFolder.finish
+    def finish(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))  # EFBIG from here on
+        import signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        start(*args)
+    records.RunFolder.finish = finish
+    sys.exit(main(["train", "--epochs", "1", "--output", "run"]))
+    """
+    done = mpirun(code, 2, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "run.h5" in done.stderr and "Traceback" not in done.stderr and "file-size limit" in done.stderr
+    assert sorted(p.name for p in (mpirun.folder / "run").iterdir()) == ["config.toml", "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_data_commands(mpirun: MpiRun, files: Path) -> None:
+    for argv, part in (
+        (["data", "info", "nothing"], "'nothing'"),
+        (["data", "info", files / "text.h5"], "text.h5"),
+        (["data", "fetch", "imagenet"], "'imagenet'"),
+        (["data", "import", files / "nan.csv", "--out", "x.h5"], "nan.csv"),
+        (["data", "import", files / "gone.csv", "--out", "x.h5"], "gone.csv"),
+    ):
+        done = mpirun.cli(argv, None, check=False)
+        assert done.returncode == 2, argv
+        assert part in done.stderr and "Traceback" not in done.stderr
+        assert not (mpirun.folder / "x.h5").exists()

@@ -1,0 +1,134 @@
+"""``hpcasync train`` through its console script, under real mpiexec: results, records, configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.mpi import MpiRun
+
+MODES = {
+    "async": ["--mode", "async", "--rule", "trend-smooth", "--base", "momentum"],
+    "sync": ["--mode", "sync", "--base", "momentum"],
+    "kstep": ["--mode", "kstep", "--every", "8", "--block-momentum", "0.5", "--base", "momentum", "--lr", "0.01"],
+}
+
+
+def result_of(stdout: str) -> dict[str, Any]:
+    """The object on the last line of standard output."""
+    found: dict[str, Any] = json.loads(stdout.rstrip("\n").split("\n")[-1])
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_train_learns_and_reports(mpirun: MpiRun, mode: str, ranks: int) -> None:
+    if mpirun.lane.name != "mpich" and ranks != 2:
+        pytest.skip("the second MPI library runs this with 2 ranks only")
+    done = mpirun.cli(["train", *MODES[mode], "--epochs", "6", "--batch", "16", "--json", "--output", "run"], ranks)
+    result = result_of(done.stdout)
+    assert result["test_accuracy"] > 0.88
+    assert result["train_loss"] < 0.5 and result["test_loss"] < 0.6
+    assert result["ranks"] == ranks and result["mode"] == mode and result["seed"] == 0
+    assert result["rule"] == ("trend-smooth" if mode == "async" else "plain")
+    assert result["samples_per_second"] > 0 and result["seconds"] > 0
+    steps = 6 * -(-1438 // ranks // 16)
+    assert abs(result["updates"] - (steps if mode == "sync" else steps * ranks)) <= 6 * ranks
+    assert set(result["staleness"]) == {"mean", "p50", "p95", "max"}
+    assert abs(sum(result["share"].values()) - 1) < 1e-6
+    assert set(result["share"]) == {"compute", "communicate", "wait"}
+    if mode != "async" or ranks == 1:
+        assert result["staleness"]["max"] == 0
+    folder = mpirun.folder / "run"
+    assert json.loads((folder / "result.json").read_text()) == result
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    with h5py.File(folder / "run.h5") as file:
+        assert file["curves/test_accuracy"][-1] == result["test_accuracy"]
+        assert file["ranks/samples"][:].sum() == 6 * 1438
+        assert np.all(np.diff(file["curves/seconds"][:]) > 0)
+        assert file["ranks/staleness"].shape[0] == ranks
+    assert "epoch 6/6" in done.stderr and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["sync", "kstep"])
+def test_the_same_seed_gives_the_same_bits(mpirun: MpiRun, mode: str) -> None:
+    args = ["train", *MODES[mode], "--epochs", "2", "--json", "--seed", "5"]
+    first, second = (result_of(mpirun.cli(args, 3).stdout) for _ in range(2))
+    for key in ("test_loss", "train_loss", "test_accuracy"):
+        assert first[key] == second[key]
+    other = result_of(mpirun.cli([*args[:-1], "6"], 3).stdout)
+    assert other["test_loss"] != first["test_loss"]
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_config_file_flags_win_and_the_resolved_one_is_kept(mpirun: MpiRun) -> None:
+    (mpirun.folder / "run.toml").write_text(
+        'mode = "kstep"\nevery = 4\nblock-momentum = 0.3\nbase = "adam"\nlr = 0.01\nbetas = [0.8, 0.99]\nepochs = 9\n'
+    )
+    args = ["train", "--config", "run.toml", "--epochs", "2", "--json", "--output"]
+    first = result_of(mpirun.cli([*args, "a"], 2).stdout)
+    assert first["epochs"] == 2 and first["mode"] == "kstep" and first["base"] == "adam"
+    kept = mpirun.folder / "a" / "config.toml"
+    text = kept.read_text()
+    for line in ("every = 4", "block_momentum = 0.3", "epochs = 2", "lr = 0.01", "seed = 0"):
+        assert line in text
+    again = result_of(mpirun.cli(["train", "--config", kept, "--output", "b", "--json"], 2).stdout)
+    assert again["test_loss"] == first["test_loss"]
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_default_output_folder_and_refusal_to_overwrite(mpirun: MpiRun) -> None:
+    mpirun.cli(["train", "--epochs", "1"], None)
+    (run,) = (mpirun.folder / "runs").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-digits-mlp-async", run.name)
+    done = mpirun.cli(["train", "--epochs", "1", "--output", run], 2, check=False)
+    assert done.returncode == 2 and "holds a run already" in done.stderr
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_a_users_own_model(mpirun: MpiRun) -> None:
+    (mpirun.folder / "mynet.py").write_text(
+        "import torch\n"
+        "def net(shape, classes):\n"
+        "    n = 1\n"
+        "    for s in shape: n *= s\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(n, 32), torch.nn.BatchNorm1d(32),\n"
+        "        torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(32, classes))\n"
+    )
+    args = ["train", "--model", "mynet:net", "--epochs", "3", "--json", "--batch", "16"]
+    assert result_of(mpirun.cli(args, 2).stdout)["test_accuracy"] > 0.85
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_more_ranks_than_cores_finish(mpirun: MpiRun) -> None:
+    done = mpirun.cli(["train", "--epochs", "2", "--staleness", "2", "--json"], 8, timeout=120)
+    assert result_of(done.stdout)["ranks"] == 8
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_demo(mpirun: MpiRun) -> None:
+    done = mpirun.cli(["demo", "--output", "demo"], None, timeout=170)
+    assert "Trend-Smooth" in done.stdout and "staleness" in done.stdout and "wait" in done.stdout
+    picture = Path(re.search(r"learning curves: (\S+\.png)", done.stdout)[1])  # type: ignore[index]
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "epoch 1/" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+@pytest.mark.parametrize("mode", ["async", "sync", "kstep"])
+def test_fashion_mnist_reaches_86_percent_on_4_ranks(mpirun: MpiRun, mode: str) -> None:
+    if not os.environ.get("HPCASYNC_DATA"):
+        pytest.skip("HPCASYNC_DATA is not set: no real Fashion-MNIST here")
+    flags = {"async": ["--rule", "trend-smooth"], "sync": [], "kstep": ["--every", "16", "--block-momentum", "0.5"]}
+    args = ["train", "--data", "fashion-mnist", "--model", "lenet5", "--mode", mode, *flags[mode]]
+    done = mpirun.cli([*args, "--base", "momentum", "--epochs", "3", "--json"], 4, timeout=170)
+    assert result_of(done.stdout)["test_accuracy"] >= 0.86
