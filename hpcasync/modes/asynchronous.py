@@ -118,8 +118,10 @@ class Async(Mode):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_open()
         self._notice_changes()
         self.steps += 1
+        seen = 0 if self._bound is None else self._slowest_other()
         grads = [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
         if all(g is None or self._finite(g) for g in grads):
             self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, self._hypers()))
@@ -128,7 +130,7 @@ class Async(Mode):
             self._nonfinite(f"rank {self.world.rank}")
             self._timed(self._skip)
         if self._bound is not None and not self._one:
-            self._timed(self._wait_for_slower)
+            self._timed(lambda: self._wait_for_slower(seen))
         self._to_device()
         return loss
 
@@ -137,6 +139,7 @@ class Async(Mode):
 
         A rank that waits here does not hold up the others' bound on staleness.
         """
+        self._check_open()
         self.share.start()
         clocks, rank = self.store.clocks, self.world.rank
         mine = int(clocks[rank])
@@ -154,12 +157,14 @@ class Async(Mode):
 
     def publish(self) -> None:
         """Make rank 0's model the shared one, on all ranks, after changing it by hand. Collective."""
+        self._check_open()
         self._flat.attach()
         self._barrier()
         self._publish(keep_state=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The rule's vectors per parameter, the groups' options, and the shards' versions, copied out of the window."""
+        self._check_open()
         packed = super().state_dict()
         layout, state = self.store.layout, self.store.state
         packed["state"] = {
@@ -169,7 +174,9 @@ class Async(Mode):
             }
             for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True))
         }
-        packed["hpcasync"] = {"rule": self.rule.describe(), "versions": self.store.versions.tolist()}
+        counts = {"steps": self.steps, "updates": self.updates, "skipped": self.skipped}
+        versions = self.store.versions.tolist()
+        packed["hpcasync"] = {"rule": self.rule.describe(), "versions": versions, **counts}
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -178,6 +185,7 @@ class Async(Mode):
         Raises:
             UsageError: another rule's state, or another model's.
         """
+        self._check_open()
         self._check_state(state_dict)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._flat.attach()
@@ -185,14 +193,16 @@ class Async(Mode):
         if self.world.rank == 0:
             self._write_state(state_dict)
         self._publish(keep_state=True)
+        own = state_dict["hpcasync"]
+        self.steps, self.updates, self.skipped = (own.get(k, 0) for k in ("steps", "updates", "skipped"))
 
     def close(self) -> None:
         """Wait for the others, pull the final model and free the window. The model stays usable. Collective."""
         if self._closed:
             return
-        self._closed = True
         atexit.unregister(self.close)
         self.synchronize()
+        self._closed = True
         self.store.close()
 
     def _finite(self, grad: np.ndarray) -> bool:
@@ -210,10 +220,24 @@ class Async(Mode):
         self.store.pull(self._worker, self._out)
         self.store.clocks[self.world.rank] += 1
 
-    def _wait_for_slower(self) -> None:
+    def _slowest_other(self) -> int:
+        """Pushes of the slowest other rank: what is read from now on has at least these of every rank."""
+        return int(np.delete(self.store.clocks, self.world.rank).min()) if not self._one else IDLE
+
+    def _wait_for_slower(self, seen: int) -> None:
+        """Keep the bound: wait for slower ranks, and read again unless the push has read enough of them.
+
+        A slow rank may have pushed after this rank's read and before this rank looks at the clocks: then there is no
+        wait, but the read is too old.
+        """
         assert self._bound is not None
-        if self.store.gate(self._worker, self._bound, self._stalled, self._stall_seconds):
+        too_old = int(self.store.clocks[self.world.rank]) - seen > self._bound
+        if self.store.gate(self._worker, self._bound, self._stalled, self._stall_seconds) or too_old:
             self.store.pull(self._worker, self._out)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("the optimizer is closed: its shared window is gone; make a new Async to train on")
 
     def _stalled(self, seconds: float, slow: list[int]) -> None:
         warnings.warn(

@@ -9,12 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hpcasync.comm import World
+from hpcasync.comm import World, agree
 
 
 def broadcast_buffers(model: nn.Module, world: World) -> None:
-    """Give every rank the buffers of rank 0. Collective."""
+    """Give every rank the buffers of rank 0. Collective.
+
+    Raises:
+        UsageError: ranks whose buffers differ in name, shape or dtype.
+    """
     if world.size > 1:
+        shapes = [(name, tuple(b.shape), str(b.dtype)) for name, b in model.named_buffers()]
+        agree(world, {"the model's buffers": shapes})
         for buffer in model.buffers():
             _broadcast(buffer, world)
 

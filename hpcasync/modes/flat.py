@@ -22,8 +22,10 @@ def groups_of(source: Source) -> tuple[list[dict[str, Any]], list[str], nn.Modul
         UsageError: no parameters, or none that is trainable.
     """
     module = source if isinstance(source, nn.Module) else None
+    if isinstance(source, Tensor):
+        raise UsageError("found one tensor; expected a module, an iterable of parameters, or parameter groups")
     items: list[Any] = list(source.parameters() if isinstance(source, nn.Module) else source)
-    groups = [dict(g, params=list(g["params"])) if isinstance(g, dict) else g for g in items]
+    groups = [dict(g, params=_listed(g["params"])) if isinstance(g, dict) else g for g in items]
     if not groups or not isinstance(groups[0], dict):
         groups = [{"params": groups}]
     params = [p for g in groups for p in g["params"]]
@@ -32,6 +34,10 @@ def groups_of(source: Source) -> tuple[list[dict[str, Any]], list[str], nn.Modul
         what = type(module).__name__ if module is not None else "the parameter list"
         raise UsageError(f"{what} has no trainable parameter ({len(params)} parameters): nothing to train")
     return groups, [names.get(id(p), f"parameter {i}") for i, p in enumerate(params)], module
+
+
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def check_dtypes(params: Sequence[Tensor], names: Sequence[str], allowed: Sequence[torch.dtype], mode: str) -> None:

@@ -41,6 +41,18 @@ class _Block:
         if not self.on_host:
             self.host[:] = self.flat.buffer.cpu().numpy()
 
+    def frozen(self) -> list[tuple[slice, np.ndarray]]:
+        """Where the frozen parameters lie in the host buffer, and their values."""
+        places = zip(self.flat.params, self.flat.layout.starts, self.flat.layout.sizes, strict=True)
+        parts = [slice(start, start + size) for p, start, size in places if not p.requires_grad]
+        return [(part, self.host[part].copy()) for part in parts]
+
+    def keep(self, frozen: list[tuple[slice, np.ndarray]]) -> None:
+        """Undo what an average did to the frozen parameters: rounding, or momentum from before they were frozen."""
+        for part, values in frozen:
+            self.host[part] = self.anchor[part] = values
+            self.velocity[part] = 0
+
     def put_back(self) -> None:
         """Bring the host buffer to the model."""
         if not self.on_host:
@@ -54,7 +66,8 @@ class KStep(Wrapper):
     ``v = mu v + lr d`` and ``w = w + v`` (with Nesterov: ``w = w + lr d + mu v``). ``block_momentum=0, block_lr=1`` is
     K-AVG, also called local SGD.
 
-    Every rank must take the same number of steps; ``hpcasync.data.loader`` and ``ShardSampler`` see to that.
+    Every rank must take the same number of steps; ``hpcasync.data.loader`` and ``ShardSampler`` see to that. Frozen
+    parameters take no part in the average.
 
     Args:
         optimizer: any torch optimizer, for the local steps.
@@ -131,9 +144,8 @@ class KStep(Wrapper):
         self.steps += 1
         loss = None
         if closure is not None:
-            loss = self.inner.step(closure)
-            self.updates += 1
-        elif all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.params):
+            loss = self._step_with(closure, self._bad)
+        elif not self._bad():
             self.inner.step()
             self.updates += 1
         else:
@@ -159,8 +171,10 @@ class KStep(Wrapper):
         with self.share.phase("communicate"):
             for block in self._blocks:
                 block.fetch()
+                frozen = block.frozen()
                 self.world.collectives.allreduce(block.host)
                 self._outer_step(block, plain)
+                block.keep(frozen)
                 block.put_back()
             if self.inner_state == "reset":
                 self.inner.state.clear()
@@ -174,6 +188,12 @@ class KStep(Wrapper):
             self.average()
         self._synchronize_buffers()
         self.share.stop()
+
+    def _bad(self) -> str:
+        """This rank by name if its gradient is not finite, else nothing."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        values = [g if g.layout == torch.strided else g.coalesce().values() for g in grads]
+        return "" if all(bool(torch.isfinite(v).all()) for v in values) else f"rank {self.world.rank}"
 
     def _outer_step(self, block: _Block, plain: bool) -> None:
         ranks = self.world.size

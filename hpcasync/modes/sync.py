@@ -77,37 +77,50 @@ class Sync(Wrapper):
         self._synced = False
         self._enabled = True
         self._bad_ranks: list[int] = []
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_grad) for p in params if p.requires_grad]
+        self._hooks: dict[int, Any] = {}
+        self._watch()
 
     def step(self, closure: Closure | None = None) -> Any:
         """Average what is not yet averaged, then let the wrapped optimizer step.
 
         Args:
-            closure: re-evaluates the model and returns the loss; its gradients are averaged each time.
+            closure: re-evaluates the model and returns the loss; its gradients are averaged each time, and so is the
+                loss, since line searches decide by it and all ranks must decide alike.
 
         Returns:
-            The closure's loss (this rank's own), if any.
+            The closure's loss, if any: the mean over the ranks.
         """
         self.share.start()
+        self._watch()
         self.steps += 1
         if closure is not None:
-            loss = self.inner.step(self._averaging(closure))
-            self.updates += 1
+            loss = self._step_with(self._averaging(closure), self._take_bad_ranks)
             self._synced = False
             return loss
         if not self._synced:
             self._finish()
         self._synced = False
-        if self._bad_ranks:
-            ranks, self._bad_ranks = self._bad_ranks, []
-            self._nonfinite(f"rank {', '.join(map(str, ranks))}")
+        bad = self._take_bad_ranks()
+        if bad:
+            self._nonfinite(bad)
         else:
             self.inner.step()
             self.updates += 1
         return None
 
+    def _watch(self) -> None:
+        """Hook the parameters that need a gradient, those that were frozen before included."""
+        for p in self.params:
+            if p.requires_grad and id(p) not in self._hooks and not self._closed:
+                self._hooks[id(p)] = p.register_post_accumulate_grad_hook(self._on_grad)
+
+    def _take_bad_ranks(self) -> str:
+        ranks, self._bad_ranks = self._bad_ranks, []
+        return f"rank {', '.join(map(str, ranks))}" if ranks else ""
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
+        self._watch()
         self._synced = False
 
     @contextmanager
@@ -128,11 +141,10 @@ class Sync(Wrapper):
 
     def close(self) -> None:
         """Remove the hooks from the parameters. Collective and idempotent."""
-        if self._hooks:
-            super().close()
-        for hook in self._hooks:
+        super().close()
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
 
     def _averaging(self, closure: Closure) -> Closure:
         def averaged() -> Any:
@@ -141,13 +153,22 @@ class Sync(Wrapper):
                 loss = closure()
             if not self._synced:
                 self._finish()
-            return loss
+            return self._mean(loss)
 
         return averaged
+
+    def _mean(self, loss: Any) -> Any:
+        if self.world.size == 1:
+            return loss
+        total = np.array([float(loss)])
+        self.world.collectives.allreduce(total)
+        mean = float(total[0]) / self.world.size
+        return torch.full_like(loss.detach(), mean) if isinstance(loss, Tensor) else mean
 
     def _on_grad(self, p: Tensor) -> None:
         """A parameter's gradient is complete: put it into its bucket, start every bucket that is full and next."""
         if not self._enabled:
+            self._synced = False  # a gradient of this rank alone: step() must average
             return
         if not self._queued:
             self._queued = True
@@ -219,6 +240,11 @@ def _store(bucket: _Bucket, j: int, p: Tensor) -> None:
     assert grad is not None
     if grad.layout != torch.strided:
         raise UsageError("sparse gradient; expected a dense one (nn.Embedding(..., sparse=False))")
+    if grad.dtype != view.dtype or grad.shape != view.shape:
+        raise UsageError(
+            f"a gradient is {grad.dtype} of shape {tuple(grad.shape)}; the optimizer was made for {view.dtype} of shape "
+            f"{tuple(view.shape)}. Convert the model first, then make the optimizer."
+        )
     if grad.data_ptr() != view.data_ptr():
         view.copy_(grad.detach())
     bucket.present[j] = 1

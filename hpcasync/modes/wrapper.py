@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from hpcasync.comm import World, agree
 from hpcasync.errors import UsageError
-from hpcasync.modes.base import Mode, OnNonfinite
+from hpcasync.modes.base import Closure, Mode, OnNonfinite
 from hpcasync.modes.flat import check_dtypes, groups_of
+
+
+class _Skip(Exception):
+    """Leaves an inner optimizer's step before it has changed anything."""
+
+    def __init__(self, ranks: str, loss: Any) -> None:
+        super().__init__(ranks)
+        self.ranks = ranks
+        self.loss = loss
 
 
 class Wrapper(Mode):
@@ -36,6 +46,7 @@ class Wrapper(Mode):
                 f"mode {self.mode} wraps a torch optimizer, such as torch.optim.SGD(...); found {type(optimizer).__name__}"
             )
         self.inner = optimizer
+        self._closed = False
         _, names, _ = groups_of(optimizer.param_groups)
         super().__init__(
             optimizer.param_groups, optimizer.defaults, world=world, model=model, on_nonfinite=on_nonfinite
@@ -76,6 +87,35 @@ class Wrapper(Mode):
         self._share_inner()
         self._load_own_state(own)
 
+    def _step_with(self, closure: Closure, bad: Callable[[], str]) -> Any:
+        """The inner optimizer's step with a closure; skipped if its first evaluation gives a non-finite gradient.
+
+        A later evaluation (LBFGS) has moved the parameters already: the optimizer must go on from there.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            bad: names the ranks with a non-finite gradient after an evaluation, empty if there are none.
+        """
+        first = True
+
+        def checked() -> Any:
+            nonlocal first
+            with torch.enable_grad():
+                loss = closure()
+            ranks = bad() if first else ""
+            first = False
+            if ranks:
+                raise _Skip(ranks, loss)
+            return loss
+
+        try:
+            loss = self.inner.step(checked)
+        except _Skip as skip:
+            self._nonfinite(skip.ranks)
+            return skip.loss
+        self.updates += 1
+        return loss
+
     def _own_state(self) -> dict[str, Any]:
         return {"mode": self.mode, "steps": self.steps, "updates": self.updates, "skipped": self.skipped}
 
@@ -97,4 +137,6 @@ class Wrapper(Mode):
             p.copy_(host.view(p.shape))
 
     def close(self) -> None:
-        self.synchronize()
+        if not self._closed:
+            self._closed = True
+            self.synchronize()

@@ -115,17 +115,20 @@ class Rule:
 
     def group_options(self) -> dict[str, Any]:
         """The hyper-parameters that a parameter group may override, with this rule's values."""
+        # Only Adam's bases have betas: OneCycleLR cycles the momentum of a group that has none.
         names = ("lr", "momentum", "alpha", "betas", "eps", "weight_decay")
-        return {n: getattr(self, n) for n in names}
+        adam = "exp_avg" in BASE_VECTORS[self.base]
+        return {n: getattr(self, n) for n in names if n != "betas" or adam}
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raise ``UsageError`` for a hyper-parameter of a group that is out of its range."""
         between("lr", group["lr"], 0, math.inf, low_open=True)
         between("momentum", group["momentum"], 0, 1, high_open=True)
         between("alpha", group["alpha"], 0, 1, high_open=True)
-        if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
-            raise UsageError(f"betas={group['betas']!r}: expected two numbers in [0, 1)")
-        for i, beta in enumerate(group["betas"]):
+        betas = group.get("betas", self.betas)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise UsageError(f"betas={betas!r}: expected two numbers in [0, 1)")
+        for i, beta in enumerate(betas):
             between(f"betas[{i}]", beta, 0, 1, high_open=True)
         between("eps", group["eps"], 0, math.inf)
         between("weight_decay", group["weight_decay"], 0, math.inf)
@@ -135,7 +138,7 @@ class Rule:
         h = np.zeros(len(HYPER))
         for name in ("lr", "weight_decay", "momentum", "alpha", "eps"):
             h[HYPER[name]] = group[name]
-        h[HYPER["beta1"]], h[HYPER["beta2"]] = group["betas"]
+        h[HYPER["beta1"]], h[HYPER["beta2"]] = group.get("betas", self.betas)
         return h
 
     def update(
