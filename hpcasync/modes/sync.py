@@ -160,7 +160,7 @@ class Sync(Wrapper):
     def _mean(self, loss: Any) -> Any:
         if self.world.size == 1:
             return loss
-        total = np.array([float(loss)])
+        total = np.array([loss.item() if isinstance(loss, Tensor) else float(loss)])
         self.world.collectives.allreduce(total)
         mean = float(total[0]) / self.world.size
         return torch.full_like(loss.detach(), mean) if isinstance(loss, Tensor) else mean
@@ -197,8 +197,12 @@ class Sync(Wrapper):
         params = self.params
         for bucket in self._buckets[self._started :]:
             for j, i in enumerate(bucket.params):
-                if bucket.present[j] == 0 and params[i].grad is not None:
+                if bucket.present[j]:
+                    continue
+                if params[i].grad is not None:
                     _store(bucket, j, params[i])  # from an earlier backward
+                else:
+                    bucket.views[j].zero_()  # the last mean still lies there
         while self._started < len(self._buckets):
             self._start_next()
         if self.world.size > 1:

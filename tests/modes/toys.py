@@ -48,7 +48,7 @@ def train(opt: Mode, model: nn.Module, steps: range, rank: int = 0, after: Calla
         loss.backward()
         opt.step()
         after()
-    return float(loss)
+    return loss.item()
 
 
 def flat(model: nn.Module) -> np.ndarray:
