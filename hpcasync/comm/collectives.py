@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +11,13 @@ import numpy as np
 from hpcasync.backoff import Backoff
 
 SEGMENT = 1 << 20
-"""Bytes per MPI call: large allreduces in 1 MB segments take half the time, since they stay in the cache."""
+"""Bytes per blocking MPI call: in 1 MB segments, which stay in the cache, a large allreduce takes half the time."""
+
+LINE_SEGMENT = 8 << 20
+"""Bytes per non-blocking MPI call: each costs more than a blocking one."""
+
+IN_FLIGHT = 2
+"""Non-blocking MPI calls under way at a time: many at once evict each other from the cache."""
 
 
 class Pending(Protocol):
@@ -80,20 +87,17 @@ class OneRank:
         return Done()
 
 
-class _Requests:
-    """Several MPI requests as one operation.
+class _Request:
+    """One MPI request.
 
     Args:
-        requests: mpi4py requests.
-        polite: give the core away while waiting, for when there are more ranks than cores: MPI's own wait spins, and
-            keeps the rank that everybody waits for from running.
-        kept: a buffer that must outlive the operation.
+        request: of mpi4py.
+        polite: give the core away while waiting.
     """
 
-    def __init__(self, requests: Sequence[Any], polite: bool, kept: Any = None) -> None:
-        self._requests = list(requests)
+    def __init__(self, request: Any, polite: bool) -> None:
+        self._request = request
         self._polite = polite
-        self._kept = kept
 
     def wait(self) -> None:
         if self._polite:
@@ -101,57 +105,113 @@ class _Requests:
             while not self.test():
                 backoff.pause()
         else:
-            for request in self._requests:
-                request.Wait()
+            self._request.Wait()
 
     def test(self) -> bool:
-        while self._requests and self._requests[0].Test():
-            self._requests.pop(0)
-        return not self._requests
+        return bool(self._request.Test())
+
+
+class _Line:
+    """Allreduces of segments, begun in the order they were asked for, at most ``IN_FLIGHT`` at a time.
+
+    Args:
+        begin: starts the allreduce of one segment and returns mpi4py's request.
+        polite: give the core away while waiting.
+    """
+
+    def __init__(self, begin: Callable[[np.ndarray], Any], polite: bool) -> None:
+        self._begin = begin
+        self._polite = polite
+        self._asked = self._done = 0
+        self._waiting: deque[np.ndarray] = deque()
+        self._flying: deque[_Request] = deque()
+
+    def ask(self, segments: Sequence[np.ndarray]) -> int:
+        """Put segments into the line; returns the number to ``reach`` for all of them."""
+        self._waiting.extend(segments)
+        self._asked += len(segments)
+        self._fill()
+        return self._asked
+
+    def reached(self, number: int) -> bool:
+        """Let the line advance without waiting; whether so many segments are done."""
+        while self._done < number and self._flying and self._flying[0].test():
+            self._land()
+        return self._done >= number
+
+    def reach(self, number: int) -> None:
+        """Wait until so many segments are done."""
+        while self._done < number:
+            self._flying[0].wait()
+            self._land()
+
+    def _land(self) -> None:
+        self._flying.popleft()
+        self._done += 1
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._waiting and len(self._flying) < IN_FLIGHT:
+            self._flying.append(_Request(self._begin(self._waiting.popleft()), self._polite))
+
+
+class _Place:
+    """A place in the line: one allreduce."""
+
+    def __init__(self, line: _Line, number: int) -> None:
+        self._line, self._number = line, number
+
+    def wait(self) -> None:
+        self._line.reach(self._number)
+
+    def test(self) -> bool:
+        return self._line.reached(self._number)
 
 
 class MPICollectives:
     """Collectives over mpi4py, in place and in segments.
 
     Args:
-        comm: mpi4py communicator; this object works on a duplicate of it.
-        polite: give the core away while waiting.
+        comm: mpi4py communicator; this object works on duplicates of it.
+        polite: give the core away while waiting, for when there are more ranks than cores: MPI's own wait spins, and
+            keeps the rank that everybody waits for from running.
     """
 
     def __init__(self, comm: Any, *, polite: bool = False) -> None:
         from mpi4py import MPI
 
         self._comm = comm.Dup()
+        # A communicator of its own: the segments in the line begin later than they were asked for.
+        sums = comm.Dup()
+        self._line = _Line(lambda part: sums.Iallreduce(MPI.IN_PLACE, part, op=MPI.SUM), polite)
         self._polite = polite
-        self._in_place = MPI.IN_PLACE
-        self._sum = MPI.SUM
+        self._in_place, self._sum = MPI.IN_PLACE, MPI.SUM
 
     def allreduce(self, buffer: np.ndarray) -> None:
-        check_buffer(buffer)
         if self._polite:
             self.start_allreduce(buffer).wait()
             return
-        for part in _segments(buffer):
+        check_buffer(buffer)
+        for part in _segments(buffer, SEGMENT):
             self._comm.Allreduce(self._in_place, part, op=self._sum)
 
     def start_allreduce(self, buffer: np.ndarray) -> Pending:
         check_buffer(buffer)
-        started = [self._comm.Iallreduce(self._in_place, part, op=self._sum) for part in _segments(buffer)]
-        return _Requests(started, self._polite, buffer)
+        return _Place(self._line, self._line.ask(_segments(buffer, LINE_SEGMENT)))
 
     def broadcast(self, buffer: np.ndarray, root: int = 0) -> None:
         if not buffer.flags.c_contiguous:
             raise TypeError(f"broadcast of a strided array of shape {buffer.shape}: expected a contiguous one")
-        for part in _segments(buffer.reshape(-1).view(np.uint8)):
+        for part in _segments(buffer.reshape(-1).view(np.uint8), SEGMENT):
             self._comm.Bcast(part, root=root)
 
     def barrier(self) -> None:
         self.start_barrier().wait()
 
     def start_barrier(self) -> Pending:
-        return _Requests([self._comm.Ibarrier()], self._polite)
+        return _Request(self._comm.Ibarrier(), self._polite)
 
 
-def _segments(buffer: np.ndarray) -> list[np.ndarray]:
-    step = max(1, SEGMENT // buffer.itemsize)
+def _segments(buffer: np.ndarray, size: int) -> list[np.ndarray]:
+    step = max(1, size // buffer.itemsize)
     return [buffer[i : i + step] for i in range(0, buffer.size, step)]
