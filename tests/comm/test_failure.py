@@ -61,7 +61,9 @@ def test_exception_on_one_rank_ends_the_job(mpirun: MpiRun, way: str) -> None:
     assert done.returncode != 0
     assert time.monotonic() - began < 35
     assert "hpcasync: rank 1 of 2 failed" in done.stderr
-    assert "Traceback" in done.stderr and "in boom" in done.stderr and "KeyError: 'the needle'" in done.stderr
+    assert (
+        "Traceback" in done.stderr and "in boom" in done.stderr and "KeyError: 'the needle'" in done.stderr
+    )
     assert "rank 0 of 2 failed" not in done.stderr
     assert processes_of(mpirun.last_token) == []
 

@@ -13,7 +13,13 @@ from hpcasync.errors import UsageError
 from tests.mpi import REPO
 
 LAUNCHES = [
-    ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, 4, 3, "Open MPI", "mpiexec that came with"),
+    (
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"},
+        4,
+        3,
+        "Open MPI",
+        "mpiexec that came with",
+    ),
     ({"PMI_SIZE": "8", "PMI_RANK": "7"}, 8, 7, "PMI", "mpiexec that came with"),
     ({"MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}, 2, 1, "MPICH", "mpiexec that came with"),
     ({"PALS_SIZE": "16", "PALS_RANKID": "2"}, 16, 2, "PALS", "mpiexec that came with"),
@@ -67,12 +73,21 @@ def test_init_refuses_lonely_ranks() -> None:
     done = outcome({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, code)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert "UsageError: srun started 4 tasks, but MPI sees a world of size 1" in last and "srun --mpi=list" in last
+    assert (
+        "UsageError: srun started 4 tasks, but MPI sees a world of size 1" in last
+        and "srun --mpi=list" in last
+    )
 
 
 def test_init_without_mpi4py() -> None:
     """The import blocked for real: one rank still works, a launcher's ranks are refused."""
-    block = "import sys; sys.modules['mpi4py'] = None\nimport hpcasync as ha\nw = ha.init()\nprint(w.rank, w.size, w.comm)"
+    block = """if True:
+        import sys
+        sys.modules["mpi4py"] = None
+        import hpcasync as ha
+        world = ha.init()
+        print(world.rank, world.size, world.comm)
+    """
     assert outcome({}, block).stdout.strip() == "0 1 None"
     done = outcome({"SLURM_STEP_NUM_TASKS": "4"}, block)
     assert done.returncode == 1 and "pip install 'hpcasync[mpich]'" in done.stderr

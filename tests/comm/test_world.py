@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import hpcasync as ha
 from hpcasync.comm import agree, raise_together, OneRank
-from hpcasync.comm.collectives import MPICollectives, SEGMENT
+from hpcasync.comm.collectives import LINE_SEGMENT, MPICollectives, SEGMENT
 world = ha.init()
 me, P = world.rank, world.size
 assert ha.init() is world
@@ -77,7 +77,16 @@ for c in variants:
             assert second.test()
             for x in (a, b, d):
                 assert x.dtype == dtype and np.array_equal(x, total), (dtype, size)
-    for bad in (np.zeros(3, np.int64), np.zeros(3, np.float16), np.zeros((2, 2), np.float32), np.zeros(8, np.float32)[::2]):
+    # More and longer segments than fly at a time, taken out of order; other traffic in between.
+    part = LINE_SEGMENT // 4
+    lots = [np.full(size, me + i, np.float32) for i, size in enumerate((1, part - 1, part, part + 1, 2 * part + 1, 3))]
+    started = [c.start_allreduce(x) for x in lots]
+    c.barrier()
+    for i in (4, 0, 5, 2, 1, 3):
+        started[i].wait()
+        assert started[i].test() and (lots[i] == P * i + sum(range(P))).all(), i
+    strided = np.zeros(8, np.float32)[::2]
+    for bad in (np.zeros(3, np.int64), np.zeros(3, np.float16), np.zeros((2, 2), np.float32), strided):
         for call in (c.allreduce, c.start_allreduce):
             try:
                 call(bad)
@@ -128,7 +137,7 @@ def test_world_of_one_rank_without_mpi() -> None:
     assert world.gather("x") == ["x"]
     agree(world, {"a": 1})
     raise_together(world, None)
-    with pytest.raises(UsageError, match="^too small$"):
+    with pytest.raises(UsageError, match=r"^too small$"):
         raise_together(world, "too small")
 
 

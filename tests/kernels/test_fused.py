@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from hpcasync.kernels import BASES, VARIANTS
-from hpcasync.kernels.fused import BLOCK
+from hpcasync.kernels.fused import BLOCK, PLAIN_BLOCK
 from hpcasync.rules import ASGD, Rule, TrendSmooth
 
 RULES = [("none", False)] + [(v, m) for v in VARIANTS if v != "none" for m in (False, True)]
-SIZES = (1, BLOCK - 1, BLOCK, BLOCK + 1, 5000)
+SIZES = (1, *(b + k for b in (BLOCK, PLAIN_BLOCK, 2048) for k in (-1, 0, 1)), 5000)
 
 
 def make(base: str, variant: str, masked: bool, **options: object) -> Rule:
@@ -110,7 +110,7 @@ def test_any_cut_gives_the_same_bits(base: str, variant: str, masked: bool) -> N
     w = np.random.default_rng(5).standard_normal(before + size + after).astype(np.float32)
     whole, cut = fresh(rule, w), fresh(rule, w)
     out_whole, out_cut = np.zeros(size, np.float32), np.zeros(size, np.float32)
-    cuts = sorted([0, 1, 4, 1000, BLOCK, BLOCK + 1, 2 * BLOCK + 3, size])
+    cuts = sorted(sorted([0, 1, 4, 1000, BLOCK, BLOCK + 1, PLAIN_BLOCK + 3, 2 * PLAIN_BLOCK, size]))
     for count, grad in enumerate(gradients(size, 3), start=1):
         rule.update(whole, before, grad, out_whole, hyper, count, 2)
         for lo, hi in pairwise(cuts):

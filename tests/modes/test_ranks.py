@@ -252,7 +252,7 @@ for options in (dict(every=2), dict(every=2, block_momentum=0.5), dict(every=1, 
     opt = ha.KStep(torch.optim.SGD(model.parameters(), lr=0.5), **options)
     sims = [dyadic().double() for _ in range(P)]
     anchor = [p.detach().clone() for p in sims[0].parameters()]
-    velocity, since = [torch.zeros_like(a) for a in anchor], 0
+    velocity, since, averages = [torch.zeros_like(a) for a in anchor], 0, 0
     for step in range(1, 9):
         dyadic_grads(model, step, me)
         opt.step()
@@ -266,11 +266,13 @@ for options in (dict(every=2), dict(every=2, block_momentum=0.5), dict(every=1, 
         warm = step <= options.get("warm_start", 0)
         if warm or since == options["every"]:
             since = 0
+            averages += 1
             for i, ps in enumerate(zip(*[s.parameters() for s in sims])):
                 mean = sum(p.detach() for p in ps) / P
                 d = mean - anchor[i]
                 velocity[i] = velocity[i] if warm else mu * velocity[i] + lr * d
-                w = mean if warm else anchor[i] + (lr * d + mu * velocity[i] if options.get("nesterov") else velocity[i])
+                step_by = lr * d + mu * velocity[i] if options.get("nesterov") else velocity[i]
+                w = mean if warm else anchor[i] + step_by
                 anchor[i] = w.clone()
                 for p in ps:
                     p.data = w.clone()
@@ -280,7 +282,7 @@ for options in (dict(every=2), dict(every=2, block_momentum=0.5), dict(every=1, 
                 assert torch.equal(p.detach().double(), q.detach()), (options, step, (p - q).abs().max())
             else:
                 torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-5, atol=1e-5)
-    assert opt.averages == sum(1 for s in range(1, 9) if s <= options.get("warm_start", 0) or (s - options.get("warm_start", 0)) % options["every"] == 0)
+    assert opt.averages == averages, options
     opt.close()
 
 # The wrapped optimizer's state: kept, averaged, or reset.
@@ -451,10 +453,34 @@ for bound in (0, 2):
         least = k + (P - 1) * max(0, k - bound)
         most = k + (P - 1) * min(40, k + bound + 1)
         assert least <= values.min() and values.max() <= most, (k, bound, least, values.min(), values.max(), most)
+    assert opt.staleness.summary()["max"] <= (P - 1) * (2 * bound + 1), opt.staleness.summary()
     opt.synchronize()
     assert (flat(model).view(np.float32) == 40 * P).all()
     opt.close()
 module.make_layout = real
+
+# A bound and different numbers of steps: who is done waits in close() and holds nobody up.
+model = mlp()
+opt = ha.Async(model, rules.ASGD(lr=1.0), staleness=0)
+for _ in range(3 + 4 * me):
+    set_grads(model, -1.0)
+    opt.step()
+opt.close()
+assert same(flat(model))
+
+# Who waits long says for whom.
+model = mlp()
+with ha.Async(model, rules.ASGD(lr=1.0), staleness=0, stall_seconds=0.1) as opt:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            if me == P - 1:
+                time.sleep(0.6)
+            set_grads(model, -1.0)
+            opt.step()
+    texts = [str(w.message) for w in caught]
+    if me == 0:
+        assert any(f"slower rank(s) [{P - 1}]" in t and "staleness=0" in t for t in texts), texts
 
 # Parameters without a gradient on this rank are still read; frozen ones stay.
 model = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
@@ -546,6 +572,16 @@ def test_asynchronous_and_failures(mpirun: MpiRun) -> None:
 
 def test_four_ranks(mpirun: MpiRun) -> None:
     run(mpirun, 4, START, ASYNC, LEARN)
+
+
+def test_forgotten_close(mpirun: MpiRun) -> None:
+    """A script that never calls close() ends well, also when its ranks take different numbers of steps."""
+    body = """
+model = mlp()
+opts = [make(mode, mlp(), None) for mode in MODES] + [make("async", model, None)]
+train(opts[-1], model, range(4 + 3 * me), me)
+"""
+    run(mpirun, 2, body)
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)

@@ -27,7 +27,9 @@ def plain(mode: str, groups: Any, lr: float = 0.5, **options: Any) -> Any:
     if mode == "async":
         return Async(groups, rules.ASGD(lr=lr), world=ONE, **options)
     inner = torch.optim.SGD(groups.parameters() if isinstance(groups, nn.Module) else groups, lr=lr)
-    return Sync(inner, world=ONE, **options) if mode == "sync" else KStep(inner, world=ONE, every=2, **options)
+    return (
+        Sync(inner, world=ONE, **options) if mode == "sync" else KStep(inner, world=ONE, every=2, **options)
+    )
 
 
 def torch_twin(optimizer: type, model: nn.Module, **options: Any) -> Any:
@@ -186,7 +188,7 @@ def test_state_of_another_mode_rule_or_model_is_refused(mode: str) -> None:
         with pytest.raises(UsageError, match="adam"):
             opt.load_state_dict(Async(mlp(), rules.ASGD(base="adam"), world=ONE).state_dict())
         wider = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))
-        with pytest.raises(UsageError, match="0.weight.*momentum_buffer"):
+        with pytest.raises(UsageError, match=r"0\.weight.*momentum_buffer"):
             opt.load_state_dict(make(mode, wider, ONE).state_dict())
 
 
@@ -319,7 +321,7 @@ def test_converting_the_model_afterwards_is_a_clear_error(mode: str) -> None:
     opt = make(mode, model, ONE)
     model.to(torch.float64)
     x, y = batch(0)
-    with pytest.raises(UsageError, match="float64.*Convert the model first"):
+    with pytest.raises(UsageError, match=r"float64.*Convert the model first"):
         for _ in range(4):
             F.cross_entropy(model(x.double()), y).backward()
             opt.step()
@@ -469,7 +471,9 @@ def test_bad_arguments(call: Any, says: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_channels_last_model(mode: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2)).to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2)).to(
+        memory_format=torch.channels_last
+    )
     twin = copy.deepcopy(model)
     opt, reference = plain(mode, model), torch.optim.SGD(twin.parameters(), lr=0.5)
     for step in range(4):
@@ -487,7 +491,9 @@ def test_channels_last_model(mode: str) -> None:
 def test_rule_with_its_own_state_per_group_option() -> None:
     """Every hyper-parameter of the rule can be set per group, also of the trend."""
     a, b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
-    opt = Async([{"params": [a], "floor": 1.0}, {"params": [b]}], rules.TrendSmooth(lr=1.0, floor=0.0), world=ONE)
+    opt = Async(
+        [{"params": [a], "floor": 1.0}, {"params": [b]}], rules.TrendSmooth(lr=1.0, floor=0.0), world=ONE
+    )
     for grad in (1.0, -1.0):
         a.grad, b.grad = torch.full((4,), grad), torch.full((4,), grad)
         opt.step()

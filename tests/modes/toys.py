@@ -38,7 +38,9 @@ def make(mode: str, model: nn.Module, world: World | None, lr: float = 0.05, **o
     return KStep(inner, world=world, model=model, **({"every": 3, "block_momentum": 0.5} | options))
 
 
-def train(opt: Mode, model: nn.Module, steps: range, rank: int = 0, after: Callable[[], None] = lambda: None) -> float:
+def train(
+    opt: Mode, model: nn.Module, steps: range, rank: int = 0, after: Callable[[], None] = lambda: None
+) -> float:
     """Plain training loop; returns the last loss."""
     loss = torch.zeros(())
     for step in steps:

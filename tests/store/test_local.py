@@ -91,7 +91,9 @@ def test_parameter_without_gradient_in_a_shared_shard_is_only_read() -> None:
     assert [out_b[i] for i in (0, 16, 32)] == [2, 1, 2]
     store.push_pull(a, [None, None, None], out_a, hypers)
     assert [out_a[i] for i in (0, 16, 32)] == [2, 1, 2]
-    assert store.versions.tolist() == [2] and store.writers.tolist() == [1] and store.clocks.tolist() == [2, 1]
+    assert (
+        store.versions.tolist() == [2] and store.writers.tolist() == [1] and store.clocks.tolist() == [2, 1]
+    )
     assert a.staleness.counts.sum() == 1
 
 
