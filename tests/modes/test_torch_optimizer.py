@@ -294,15 +294,13 @@ def test_copies_of_the_model_are_independent(mode: str) -> None:
         copy.deepcopy(opt)
 
 
-@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("mode", MODES)
-def test_loading_into_the_model_is_noticed(mode: str, assign: bool) -> None:
-    """Also where the load replaces the storage of the parameters (assign=True keeps the Parameter objects apart)."""
-    if assign and mode != "async":
-        pytest.skip("assign=True makes new Parameter objects, which a torch optimizer does not know")
+def test_loading_into_the_model_is_noticed(mode: str, replace: bool) -> None:
+    """Also where the load replaces the storage of the parameters."""
     model, source = mlp(), mlp(seed=5)
     opt = plain(mode, model)
-    if assign:
+    if replace:
         for p, q in zip(model.parameters(), source.parameters()):
             p.data = q.detach().clone()
     else:
