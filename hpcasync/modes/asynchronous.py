@@ -12,8 +12,8 @@ import torch
 
 from hpcasync.comm import World, agree
 from hpcasync.errors import UsageError
-from hpcasync.kernels import all_finite
 from hpcasync.modes.base import Closure, Mode, OnNonfinite
+from hpcasync.modes.finite import FiniteCheck
 from hpcasync.modes.flat import FlatParameters, Source, check_dtypes, flat_grad, groups_of
 from hpcasync.rules import Rule
 from hpcasync.rules.base import between
@@ -99,7 +99,7 @@ class Async(Mode):
         self._flat = FlatParameters(self.params, names, layout, buffer)
         self._publish()
         rule.warm_up()
-        all_finite(self._out[:1])
+        self._check = FiniteCheck(self.params, threads)
         self._warned_outside = False
         self._closed = False
         atexit.register(self.close)
@@ -123,7 +123,7 @@ class Async(Mode):
         self.steps += 1
         seen = 0 if self._bound is None else self._slowest_other()
         grads = [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
-        if all(g is None or self._finite(g) for g in grads):
+        if all([g is None or self._check.finite(p, g) for p, g in zip(self._flat.params, grads, strict=True)]):
             self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, self._hypers()))
             self.updates += 1
         else:
@@ -203,14 +203,8 @@ class Async(Mode):
         atexit.unregister(self.close)
         self.synchronize()
         self._closed = True
+        self._check.close()
         self.store.close()
-
-    def _finite(self, grad: np.ndarray) -> bool:
-        if self.world.threads > 1:
-            from hpcasync.kernels import team
-
-            return team.finite(self.world.threads, grad)
-        return bool(all_finite(grad))
 
     def _hypers(self) -> list[np.ndarray]:
         return [h for g in self.param_groups for h in [self.rule.hyper(g)] * len(g["params"])]

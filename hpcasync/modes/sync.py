@@ -27,8 +27,9 @@ class _Bucket:
         self.params = params
         sizes = [t.numel() for t in tensors]
         self.buffer = torch.zeros(sum(sizes) + len(sizes) + ranks, dtype=tensors[0].dtype)
-        grads, self.present, self.nonfinite = self.buffer.split([sum(sizes), len(sizes), ranks])
-        self.grads = grads
+        self.grads = grads = self.buffer[: sum(sizes)]
+        # numpy: single elements are read and written ten times faster than through torch
+        self.present, self.nonfinite = np.split(self.buffer[sum(sizes) :].numpy(), [len(sizes)])
         self.views = [v.view(t.shape) for v, t in zip(grads.split(sizes), tensors, strict=True)]
         self.missing = len(params)
         self.pending: Pending | None = None
@@ -209,14 +210,14 @@ class Sync(Wrapper):
             with self.share.phase("wait"):
                 self.world.collectives.barrier()
         with self.share.phase("communicate"):
-            bad = torch.zeros(self.world.size)
+            bad = np.zeros(self.world.size)
             for bucket in self._buckets:
                 assert bucket.pending is not None
                 bucket.pending.wait()
                 bucket.pending = None
-                bad += bucket.nonfinite.to(bad.dtype)
+                bad += bucket.nonfinite
                 self._hand_out(bucket, params)
-        self._bad_ranks = torch.nonzero(bad).flatten().tolist()
+        self._bad_ranks = np.flatnonzero(bad).tolist()
         self._started = 0
         self._queued = False
         self._synced = True
@@ -234,8 +235,8 @@ class Sync(Wrapper):
             else:
                 p.grad = view.to(p.device)
         bucket.missing = len(bucket.params)
-        bucket.present.zero_()
-        bucket.nonfinite.zero_()
+        bucket.present[:] = 0
+        bucket.nonfinite[:] = 0
 
 
 def _store(bucket: _Bucket, j: int, p: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ def make_layout(sizes: Sequence[int], shard_elements: int = SHARD_ELEMENTS) -> L
     bounds = [units * k // count * ALIGN for k in range(count + 1)]
     shards = []
     first = 0  # the first parameter that reaches into the current shard
-    for lo, hi in zip(bounds, bounds[1:], strict=False):
+    for lo, hi in itertools.pairwise(bounds):
         pieces = []
         index = first
         while index < len(sizes) and starts[index] < hi:

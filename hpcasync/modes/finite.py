@@ -1,0 +1,53 @@
+"""Whether gradients hold NaN or infinity, looked at while backward has them in the cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcasync.kernels import all_finite, team
+
+
+class FiniteCheck:
+    """Checks each gradient once, as soon as autograd has it; ``step()`` then reads the answer.
+
+    A gradient that was changed since (clipping, unscaling, a second backward) is checked again.
+
+    Args:
+        params: whose gradients.
+        threads: for large gradients.
+    """
+
+    def __init__(self, params: list[Tensor], threads: int) -> None:
+        self._threads = threads
+        self._known: dict[int, tuple[int, int, bool]] = {}  # parameter -> gradient's address and version, answer
+        self._hooks = [p.register_post_accumulate_grad_hook(self._look) for p in params if p.requires_grad]
+
+    def finite(self, p: Tensor, grad: np.ndarray) -> bool:
+        """Whether ``grad``, the host array of ``p.grad``, is finite."""
+        assert p.grad is not None
+        pointer, version, answer = self._known.pop(id(p), (0, 0, False))
+        if pointer == p.grad.data_ptr() and version == p.grad._version:
+            return answer
+        return self._check(grad)
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _look(self, p: Tensor) -> None:
+        grad = p.grad
+        if grad is None or grad.layout != torch.strided or grad.device.type != "cpu" or grad.dtype != torch.float32:
+            return
+        if grad.is_contiguous():
+            answer = self._check(grad.detach().reshape(-1).numpy())
+            self._known[id(p)] = (grad.data_ptr(), grad._version, answer)
+
+    def _check(self, grad: np.ndarray) -> bool:
+        if self._threads > 1:
+            return team.finite(self._threads, grad)
+        return bool(all_finite(grad))
+
