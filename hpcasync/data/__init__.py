@@ -22,6 +22,8 @@ from hpcasync.data.info import info
 from hpcasync.data.layout import Arrays
 from hpcasync.data.loader import Loader, loader
 from hpcasync.data.partition import shard
+from hpcasync.data.partition_file import load_partition, save_partition
+from hpcasync.data.partition_labels import make_partition
 from hpcasync.data.public import known
 from hpcasync.data.resolve import resolve
 from hpcasync.data.sampler import ShardSampler
@@ -37,9 +39,12 @@ __all__ = [
     "import_dataset",
     "info",
     "known",
+    "load_partition",
     "loader",
+    "make_partition",
     "open_dataset",
     "resolve",
+    "save_partition",
     "shard",
     "write_dataset",
 ]
