@@ -22,7 +22,8 @@ from hpcasync.store import aligned_zeros, make_layout
 class _Block:
     """All parameters of one dtype: the flat model, the model after the last average, and the block momentum."""
 
-    def __init__(self, params: list[Tensor], names: list[str]) -> None:
+    def __init__(self, named: list[tuple[Tensor, str]]) -> None:
+        params, names = [p for p, _ in named], [n for _, n in named]
         layout = make_layout([p.numel() for p in params])
         dtype = np.float32 if params[0].dtype == torch.float32 else np.float64
         self.host = aligned_zeros(1, layout.total, dtype)[0]
@@ -127,8 +128,8 @@ class KStep(Wrapper):
         self.averages = 0
         self._since = 0  # local steps since the last average
         self._blocks = [
-            _Block([p for p in self.params if p.dtype == d], [n for p, n in zip(self.params, self.names, strict=True) if p.dtype == d])
-            for d in dict.fromkeys(p.dtype for p in self.params)
+            _Block([(p, n) for p, n in zip(self.params, self.names, strict=True) if p.dtype == dtype])
+            for dtype in dict.fromkeys(p.dtype for p in self.params)
         ]
 
     def step(self, closure: Closure | None = None) -> Any:
@@ -206,12 +207,12 @@ class KStep(Wrapper):
             block_update(block.host, block.anchor, block.velocity, ranks, mu, lr, self.nesterov)
 
     def _average_inner_state(self) -> None:
-        """Average the tensors of the wrapped optimizer's state that have a parameter's shape; counters stay."""
+        """Average the tensors of the wrapped optimizer's state; counters, which are scalars, stay."""
         if self.world.size == 1:
             return
         for p in self.params:
             for value in self.inner.state.get(p, {}).values():
-                if isinstance(value, Tensor) and value.shape == p.shape and value.is_floating_point():
+                if isinstance(value, Tensor) and value.dim() and value.is_floating_point():
                     host = value.detach().to("cpu", copy=True).contiguous().view(-1)
                     self.world.collectives.allreduce(host.numpy())
                     value.copy_((host / self.world.size).view(value.shape))
