@@ -7,6 +7,8 @@ import json
 import sys
 from typing import Any
 
+from hpcasync.errors import UsageError
+
 
 def add(commands: Any) -> None:
     """Add the command and its sub-commands to the parser."""
@@ -35,6 +37,12 @@ def add(commands: Any) -> None:
     informer = actions.add_parser("info", help="what a data set holds")
     informer.add_argument("source", help="name or path")
     informer.add_argument("--json", action="store_true", help="print one JSON object")
+    specs = "iid, shards:C, dirichlet:A, natural or file:PATH"
+    informer.add_argument("--partition", metavar="SPEC", help=f"deal the training samples to workers: {specs}")
+    informer.add_argument("--workers", type=int, default=10, help="to so many workers (default: 10)")
+    informer.add_argument("--seed", type=int, default=0, help="of the partition (default: 0)")
+    informer.add_argument("--plot", metavar="FILE", help="draw the classes of every worker, as PNG, PDF or SVG")
+    informer.add_argument("--save", metavar="FILE", help="write the partition as HDF5, for --partition file:FILE")
     informer.set_defaults(run=_info)
 
 
@@ -57,6 +65,10 @@ def _info(args: argparse.Namespace) -> int:
     from hpcasync.data import info
 
     facts = info(args.source)
+    if args.partition:
+        facts["partition"] = _partition(args)
+    elif args.plot or args.save:
+        raise UsageError(f"--{'plot' if args.plot else 'save'} needs a partition; add one, such as --partition shards:2")
     if args.json:
         print(json.dumps(facts))
         return 0
@@ -70,8 +82,29 @@ def _info(args: argparse.Namespace) -> int:
         table.add_row("", "per class: " + " ".join(map(str, part["class_counts"])))
     for key in ("path", "classes", "class_names", "source", "checksum", "bytes"):
         table.add_row(key.replace("_", " "), str(facts[key]))
+    if args.partition:
+        for worker, counts in enumerate(facts["partition"]["class_counts"]):
+            text = f"{sum(counts):,} samples; per class: " + " ".join(map(str, counts))
+            table.add_row("" if worker else f"{args.partition}", f"worker {worker}: {text}")
     console().print(table)
     return 0
+
+
+def _partition(args: argparse.Namespace) -> dict[str, Any]:
+    """Make the partition, draw and save it where asked, and return its class counts."""
+    from hpcasync.data import make_partition, open_dataset, save_partition
+    from hpcasync.data.partition_plot import class_counts, plot_partition
+
+    dataset = open_dataset(args.source)
+    labels = dataset.array("train/y")
+    parts = make_partition(args.partition, dataset, args.workers, args.seed)
+    counts = class_counts(parts, labels, dataset.classes)
+    if args.save:
+        save_partition(args.save, parts, len(labels), checksum=dataset.header.checksum, spec=args.partition)
+    if args.plot:
+        title = f"{dataset.name}, {args.partition}, {args.workers} workers"
+        plot_partition(counts, args.plot, names=dataset.header.class_names, title=title)
+    return {"spec": args.partition, "workers": args.workers, "seed": args.seed, "class_counts": counts.tolist()}
 
 
 class _Bar:

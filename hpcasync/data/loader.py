@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from hpcasync.data.dataset import Dataset, open_dataset
 from hpcasync.data.partition import World, bounds, check_number, ranks, shard
+from hpcasync.data.partition_labels import Indices, check_parts, make_partition
 from hpcasync.errors import UsageError
 
 
@@ -22,6 +24,7 @@ def loader(
     split: str = "train",
     seed: int = 0,
     shuffle: bool = True,
+    partition: str | Sequence[Indices] = "iid",
 ) -> Loader:
     """Open ``source`` and return the `Loader` of this rank.
 
@@ -32,11 +35,13 @@ def loader(
         split: ``"train"`` or ``"test"``.
         seed: of the order.
         shuffle: False keeps the stored order.
+        partition: what `make_partition` takes, drawn from ``seed``, or what it returned.
 
     Raises:
-        UsageError: a bad source or argument, or fewer samples than ranks.
+        UsageError: a bad source or argument, fewer samples than ranks, or a partition that does not fit.
     """
-    return Loader(open_dataset(source), world, batch=batch, split=split, seed=seed, shuffle=shuffle)
+    dataset = open_dataset(source)
+    return Loader(dataset, world, batch=batch, split=split, seed=seed, shuffle=shuffle, partition=partition)
 
 
 class Loader:
@@ -46,6 +51,11 @@ class Loader:
     number that the largest shard needs. Each shard is cut into that many pieces of nearly equal size, and
     every sample comes exactly once per epoch. One exception: with ``batch=1`` a rank whose shard is one short
     repeats its own first sample at the end.
+
+    With a partition a rank only ever sees its own part. The number of batches stays that of equal shares, so an epoch is
+    as long as without. A rank reads its part again and again, newly shuffled each time, and an epoch is the next stretch
+    of one equal share: a small part comes several times in an epoch, a large one is finished in a later epoch, and within
+    a rank the uses of any two samples never differ by more than one.
 
     After each full pass the epoch advances by itself; `set_epoch` sets it. Leaving a pass early and starting
     a new one begins the same epoch again; only `load_state_dict` continues in the middle.
@@ -60,6 +70,7 @@ class Loader:
         split: str = "train",
         seed: int = 0,
         shuffle: bool = True,
+        partition: str | Sequence[Indices] = "iid",
     ) -> None:
         self.dataset = dataset
         self.samples = dataset.as_torch(split)
@@ -71,6 +82,22 @@ class Loader:
         self._position = 0  # batches of this epoch already handed out
         self._resume = 0  # where the next pass starts: not 0 only after load_state_dict
         bounds(len(self.samples), self.rank, self.size)
+        self.partition = partition
+        self._part = self._own_part()
+
+    def _own_part(self) -> Indices | None:
+        """This rank's part, None for equal shares drawn anew every epoch."""
+        given, size = self.partition, self.size
+        if isinstance(given, str):
+            if given.strip().lower() == "iid":
+                return None
+            args: dict[str, Any] = {"split": self.samples.split, "batch": self.batch}
+            return make_partition(given, self.dataset, size, self.seed, **args)[self.rank]
+        if len(given) != size:
+            raise UsageError(f"partition has {len(given)} parts, expected one for each of {size} ranks")
+        parts = [np.asarray(p, np.int64).reshape(-1) for p in given]
+        check_parts("partition", parts, len(self.samples), self.batch)
+        return parts[self.rank]
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
@@ -79,11 +106,25 @@ class Loader:
 
     def indices(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
         """The samples of each batch of the current epoch."""
-        own = shard(len(self.samples), self.rank, self.size, self.epoch, self.seed, shuffle=self.shuffle)
         steps = len(self)
+        if self._part is None:
+            own = shard(len(self.samples), self.rank, self.size, self.epoch, self.seed, shuffle=self.shuffle)
+        else:
+            own = self._stretch(self._part, -(-len(self.samples) // self.size))
         if len(own) < steps:
             own = np.append(own, own[0])
         return [own[i * len(own) // steps : (i + 1) * len(own) // steps] for i in range(steps)]
+
+    def _stretch(self, part: Indices, share: int) -> Indices:
+        """The next ``share`` samples of the endless row of shuffles of ``part``."""
+        start = self.epoch * share
+        first, last = start // len(part), (start + share - 1) // len(part)
+        # Each pass has a generator of its own, so that the passes of earlier epochs need not be drawn again.
+        row = [
+            np.random.default_rng([self.seed, self.rank, turn]).permutation(part) if self.shuffle else part
+            for turn in range(first, last + 1)
+        ]
+        return np.concatenate(row)[start - first * len(part) :][:share]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         self.epoch += self._done()
@@ -117,7 +158,12 @@ class Loader:
             "samples": len(self.samples),
             "size": self.size,
             "batch_size": self.batch,
+            "part": self._digest(),
         }
+
+    def _digest(self) -> str:
+        """Names this rank's part; empty without a partition."""
+        return "" if self._part is None else hashlib.sha256(self._part.astype("<i8").tobytes()).hexdigest()[:16]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position: the next pass starts with the next batch of the saved epoch.
@@ -150,4 +196,10 @@ class Loader:
         self.epoch = check_number("epoch in loader state", state["epoch"], 0)
         self.seed = check_number("seed in loader state", state["seed"], 0)
         self.shuffle = bool(state["shuffle"])
+        self._part = self._own_part()  # drawn from the seed
+        if at and state.get("part", "") != self._digest():
+            raise UsageError(
+                "loader state is inside an epoch of another partition; resume with the same, or set the state's batch to 0 "
+                "to repeat the epoch"
+            )
         self._position = self._resume = at

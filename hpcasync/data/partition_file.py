@@ -18,7 +18,6 @@ from hpcasync.data.partition_labels import Indices, check_parts
 from hpcasync.errors import UsageError
 
 FORMAT, VERSION = "hpcasync-partition", 1
-_GROUPS = ("train/part", "part")  # names under which an array of groups is looked for
 
 
 def save_partition(
@@ -49,18 +48,19 @@ def save_partition(
 
 
 def load_partition(
-    path: str | os.PathLike[str], workers: int, samples: int, *, checksum: str | None = None
+    path: str | os.PathLike[str], workers: int, samples: int, *, name: str = "train/part", checksum: str | None = None
 ) -> list[Indices]:
     """Read a partition for ``workers`` workers.
 
     The file holds index arrays, as many as workers (HDF5: in ``parts``, npz: at the top; in the order of the numbers in
-    their names), or one array ``train/part`` or ``part`` of the group of every sample, such as its writer or hospital.
+    their names), or one array ``name`` or ``part`` of the group of every sample, such as its writer or hospital.
     Groups are dealt whole, the largest first, each to the worker with the fewest samples.
 
     Args:
         path: HDF5 or npz; a data set file with ``train/part`` will do.
         workers: the number of workers.
         samples: the number of samples of the data.
+        name: of the array of groups.
         checksum: of the data; compared where the file has one.
 
     Raises:
@@ -68,16 +68,16 @@ def load_partition(
             groups than workers.
     """
     path = Path(path).expanduser()
-    arrays, attributes = _read(path)
+    arrays, attributes = _read(path, (name, "part"))
     theirs = attributes.get("checksum")
     if checksum and theirs and theirs != checksum:
         raise UsageError(f"{path} is a partition of other data (checksum {theirs}, these have {checksum}); make it again")
     if attributes.get("format") == FORMAT and attributes.get("samples", samples) != samples:
         raise UsageError(f"{path} is a partition of {attributes['samples']} samples, expected {samples}; make it again")
-    for name in _GROUPS:
-        if name in arrays:
-            return _deal(path, name, arrays[name], workers, samples)
-    parts = [_indices(path, name, arrays[name]) for name in sorted(arrays, key=_numbers)]
+    for key in (name, "part"):
+        if key in arrays:
+            return _deal(path, key, arrays[key], workers, samples)
+    parts = [_indices(path, key, arrays[key]) for key in sorted(arrays, key=_numbers)]
     if len(parts) != workers:
         raise UsageError(
             f"{path} has {len(parts)} parts, expected one for each of {workers} workers; run as many, or make it again"
@@ -86,7 +86,7 @@ def load_partition(
     return parts
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _read(path: Path, groups: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"partition file {path}: not found, expected HDF5 or npz; check the path")
     try:
@@ -95,10 +95,9 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                 return {name: archive[name] for name in archive.files}, {}
         with h5py.File(path, "r") as file:
             attributes = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
-            for name in _GROUPS:
-                if isinstance(file.get(name), h5py.Dataset):
-                    # Of a data set itself, whose checksum is not that of another.
-                    return {name: file[name][:]}, attributes
+            for key in groups:
+                if isinstance(file.get(key), h5py.Dataset):
+                    return {key: file[key][:]}, attributes
             group = file.get("parts")
             arrays = {n: d[:] for n, d in group.items()} if isinstance(group, h5py.Group) else {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -107,7 +106,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         ) from error
     if not arrays:
         raise UsageError(
-            f"{path} holds no partition: expected the index arrays parts/0, parts/1, ... or an array train/part"
+            f"{path} holds no partition: expected the index arrays parts/0, parts/1, ... or an array {groups[0]}"
         )
     return arrays, attributes
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hpcasync.data.dataset import Dataset
 from hpcasync.data.partition import check_number, shard
 from hpcasync.errors import UsageError
 
 Indices = NDArray[np.int64]
 
-FORMS = "iid, shards:C (C classes per worker), dirichlet:ALPHA, or file:PATH"
+FORMS = "iid, shards:C (C classes per worker), dirichlet:ALPHA, natural, or file:PATH"
 _DRAWS = 100  # a Dirichlet draw that leaves a worker empty is drawn again, as in NIID-Bench
 
 
@@ -24,8 +25,8 @@ def make_partition(
     workers: int,
     seed: int = 0,
     *,
+    split: str = "train",
     batch: int | None = None,
-    checksum: str | None = None,
 ) -> list[Indices]:
     """Deal the samples to ``workers``: one array of indices per worker, no sample twice, every worker some.
 
@@ -33,17 +34,19 @@ def make_partition(
     - ``shards:C``: every worker has at most C classes, and exactly C where no class holds more than 1/C of the samples.
     - ``dirichlet:A``: each class is split among the workers with shares drawn from a Dirichlet distribution whose
       parameters are all A; small A is far from IID.
-    - ``file:PATH``: what `save_partition` wrote, an npz file of index arrays, or an array that names every sample's group.
+    - ``natural``: by the array ``train/part`` of the data set, the group (writer, hospital) of every sample.
+    - ``file:PATH``: what `save_partition` wrote, index arrays in npz, or an array of groups; see `load_partition`.
 
-    The first three use every sample. The same arguments give the same partition on every rank and machine.
+    The first four use every sample. The same arguments give the same partition on every rank and machine.
 
     Args:
         spec: one of the forms above.
-        labels: the class of every sample, integers ``(N,)``.
+        labels: the class of every sample, integers ``(N,)``, or an open `Dataset`, which ``natural`` needs, and with which
+            a file made for other data is refused.
         workers: the number of workers.
         seed: of the draw, from 0.
+        split: of a `Dataset`.
         batch: refuse a partition in which some worker has fewer samples than this.
-        checksum: of the data; a file made for other data is refused.
 
     Returns:
         Per worker int64 ``(n_i,)``, ascending.
@@ -55,12 +58,17 @@ def make_partition(
     Source: label shards after McMahan et al., AISTATS 2017, cut at the borders of the classes; Dirichlet shares per class
     after Yurochkin et al., ICML 2019, and Hsu, Qi, Brown, arXiv 1909.06335.
     """
-    labels = np.asarray(labels)
+    dataset = labels if isinstance(labels, Dataset) else None
+    labels = np.asarray(labels if dataset is None else dataset.array(f"{split}/y"))
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise UsageError(f"labels are {labels.dtype} {labels.shape}, expected whole numbers (N,), one per sample")
     workers = check_number("workers", workers, 1)
     seed = check_number("seed", seed, 0)
     kind, value = parse_spec(spec)
+    if kind == "natural":
+        if dataset is None:
+            raise UsageError("partition 'natural' is kept in a data set; give the data set in place of labels, or file:PATH")
+        kind, value = "file", str(dataset.path)
     if kind != "file" and len(labels) < workers:
         raise UsageError(
             f"partition {spec!r}: {len(labels)} samples for {workers} workers leave one empty; use at most {len(labels)}"
@@ -68,7 +76,8 @@ def make_partition(
     if kind == "file":
         from hpcasync.data.partition_file import load_partition
 
-        parts = load_partition(str(value), workers, len(labels), checksum=checksum)
+        checksum = None if dataset is None else dataset.header.checksum
+        parts = load_partition(str(value), workers, len(labels), name=f"{split}/part", checksum=checksum)
     elif kind == "iid":
         parts = [shard(len(labels), r, workers, 0, seed) for r in range(workers)]
     else:
@@ -89,7 +98,7 @@ def parse_spec(spec: str) -> tuple[str, int | float | str | None]:
     kind = kind.strip().lower()
     if kind == "file" and rest:
         return kind, rest
-    if kind == "iid" and not colon:
+    if kind in ("iid", "natural") and not colon:
         return kind, None
     try:
         if kind == "shards":

@@ -43,6 +43,7 @@ OPTIONS = (
     Option("rule", str, None, "update rule (default: trend-smooth in mode async, plain in the others)"),
     Option("epochs", int, 5, "passes over the training data"),
     Option("batch", int, 32, "samples per step and rank, at most"),
+    Option("partition", str, "iid", "samples of a rank: iid, shards:C (C classes), dirichlet:ALPHA, natural, file:PATH"),
     Option("seed", int, 0, "of the model's start, the order of the data, and dropout"),
     Option("schedule", str, "constant", "learning rate over the run: constant, or cosine (to zero)"),
     Option("staleness", int, None, "a rank further ahead of the slowest, in pushes, waits (default: never)", _ASYNC),
@@ -97,6 +98,7 @@ class TrainConfig:
     rule: str = ""
     epochs: int = 5
     batch: int = 32
+    partition: str = "iid"
     seed: int = 0
     schedule: str = "constant"
     staleness: int | None = None

@@ -160,7 +160,7 @@ class _Run:
 
 def _prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Module]:
     dataset = open_dataset(config.data)
-    batches = loader(dataset, world, batch=config.batch, seed=config.seed)
+    batches = loader(dataset, world, batch=config.batch, seed=config.seed, partition=config.partition)
     torch.manual_seed(config.seed)
     model = models.build(config.model, dataset.shape, dataset.classes).to(world.device)
     return dataset, batches, model.train()
