@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from _common import machine
+
+from hpcasync.comm import init
+from hpcasync.train.records import environment
 
 MODES = {
     "async": "--mode async --rule trend-smooth --base momentum",
@@ -32,7 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     data = "--data digits --model mlp --epochs 1" if args.quick else "--data fashion-mnist --model lenet5 --epochs 3"
     seeds = range(1 if args.quick else args.seeds)
-    print(f"main_job: {machine()}\n")
+    print(f"main_job: {environment(init(mpi=False))}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
     print("| mode | test accuracy, % | test loss | samples/s | staleness 50 % / 95 % | compute / communicate / wait, % |")
     print("|---|---|---|---|---|---|")
     for flags in MODES.values():
