@@ -85,5 +85,5 @@ def test_changes_by_hand_are_noticed() -> None:
 def test_another_dtype_is_refused_by_name() -> None:
     params, flat = make([(3,), (2, 2)])
     params[1].data = params[1].data.double()
-    with pytest.raises(UsageError, match="p1 is now torch.float64"):
+    with pytest.raises(UsageError, match=r"p1 is now torch\.float64"):
         flat.attach()

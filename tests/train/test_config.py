@@ -42,7 +42,9 @@ def keys(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(keys())
-def test_what_is_written_reads_back_to_the_same_run(tmp_path_factory: pytest.TempPathFactory, given_keys: dict[str, Any]) -> None:
+def test_what_is_written_reads_back_to_the_same_run(
+    tmp_path_factory: pytest.TempPathFactory, given_keys: dict[str, Any]
+) -> None:
     config = make_config(given_keys)
     path = tmp_path_factory.mktemp("config") / "config.toml"
     write_config(config, path)
