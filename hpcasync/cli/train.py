@@ -61,7 +61,7 @@ def _add_flag(group: Any, option: Option) -> None:
     elif option.kind == "floats":
         group.add_argument(flag, nargs=2, type=float, metavar=("B1", "B2"), help=text, dest=option.name)
     else:
-        kind = _number_or_word if option.kind == "number-or-word" else option.kind
+        kind = {"number-or-word": _number_or_word, "whole-or-schedule": str}.get(option.kind, option.kind)
         group.add_argument(flag, type=kind, help=text, dest=option.name, metavar=option.name.upper())
 
 

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcasync.comm import World
+from hpcasync.comm import World, init
 from hpcasync.errors import UsageError, unknown
 from hpcasync.kernels import block_update
 from hpcasync.modes.base import Closure, OnNonfinite
 from hpcasync.modes.flat import FlatParameters
+from hpcasync.modes.interval import interval_at, parse_every
+from hpcasync.modes.presets import preset_options
 from hpcasync.modes.wrapper import Wrapper
 from hpcasync.rules.base import between
 from hpcasync.store import aligned_zeros, make_layout
@@ -72,7 +74,8 @@ class KStep(Wrapper):
 
     Args:
         optimizer: any torch optimizer, for the local steps.
-        every: K, local steps per average, >= 1.
+        every: K, local steps per average, >= 1; or a schedule such as ``"1:100,8:500,32"``: 1 for the first 100 steps,
+            8 until step 500, then 32. A block that has begun keeps its K.
         block_momentum: mu, in [0, 1).
         nesterov: Nesterov's form of the block momentum.
         block_lr: factor on ``d``, > 0.
@@ -97,7 +100,7 @@ class KStep(Wrapper):
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        every: int = 32,
+        every: int | str = 32,
         block_momentum: float = 0.0,
         nesterov: bool = False,
         block_lr: float = 1.0,
@@ -107,9 +110,9 @@ class KStep(Wrapper):
         model: torch.nn.Module | None = None,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
-        for name, value, least in (("every", every, 1), ("warm_start", warm_start, 0)):
-            if not isinstance(value, int) or value < least:
-                raise UsageError(f"{name}={value!r}: expected a whole number >= {least}")
+        self._pieces = parse_every(every)
+        if not isinstance(warm_start, int) or warm_start < 0:
+            raise UsageError(f"warm_start={warm_start!r}: expected a whole number >= 0")
         between("block_momentum", block_momentum, 0, 1, high_open=True)
         between("block_lr", block_lr, 0, math.inf, low_open=True)
         if inner_state not in ("keep", "average", "reset"):
@@ -132,6 +135,24 @@ class KStep(Wrapper):
             for dtype in dict.fromkeys(p.dtype for p in self.params)
         ]
 
+    @classmethod
+    def preset(
+        cls, name: str, optimizer: torch.optim.Optimizer, *, world: World | None = None, **overrides: Any
+    ) -> KStep:
+        """A published method by its name: k-avg, m-avg, post-local, bmuf, slowmo, diloco.
+
+        Args:
+            name: a key of ``hpcasync.modes.presets.PRESETS``, where the settings and their sources are.
+            optimizer: for the local steps; diloco is meant for ``torch.optim.AdamW``.
+            world: from ``hpcasync.init()``.
+            overrides: any other arguments of ``KStep``; they win over the preset's.
+
+        Raises:
+            UsageError: an unknown name, or an override that makes it another method.
+        """
+        world = init() if world is None else world
+        return cls(optimizer, world=world, **preset_options(name, world.size, overrides))
+
     def step(self, closure: Closure | None = None) -> Any:
         """One local step; after the K-th, the average.
 
@@ -153,7 +174,7 @@ class KStep(Wrapper):
             self._nonfinite(f"rank {self.world.rank}")
         self._since += 1
         warm = self.steps <= self.warm_start
-        if warm or self._since >= self.every:
+        if warm or self._since >= interval_at(self._pieces, self.steps - self._since):
             self.average(plain=warm)
         return loss
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hpcasync.errors import UsageError, unknown
+from hpcasync.modes.interval import parse_every
+from hpcasync.modes.presets import PRESETS, preset_options
 
 MODES = ("async", "sync", "kstep")
 SCHEDULES = ("cosine", "constant")
@@ -47,7 +49,8 @@ OPTIONS = (
     Option("seed", int, 0, "of the model's start, the order of the data, and dropout"),
     Option("schedule", str, "constant", "learning rate over the run: constant, or cosine (to zero)"),
     Option("staleness", int, None, "a rank further ahead of the slowest, in pushes, waits (default: never)", _ASYNC),
-    Option("every", int, 32, "K, local steps per average", _KSTEP),
+    Option("preset", str, None, "k-avg, m-avg, post-local, bmuf, slowmo or diloco: settings of the options below", _KSTEP),
+    Option("every", "whole-or-schedule", 32, "K, local steps per average, or a schedule such as 1:100,8:500,32", _KSTEP),
     Option("block_momentum", float, 0.0, "momentum of the block step, in [0, 1)", _KSTEP),
     Option("nesterov", bool, False, "Nesterov's form of the block momentum", _KSTEP),
     Option("block_lr", float, 1.0, "learning rate of the block step", _KSTEP),
@@ -102,7 +105,8 @@ class TrainConfig:
     seed: int = 0
     schedule: str = "constant"
     staleness: int | None = None
-    every: int = 32
+    preset: str | None = None
+    every: int | str = 32
     block_momentum: float = 0.0
     nesterov: bool = False
     block_lr: float = 1.0
@@ -124,8 +128,12 @@ class TrainConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
 
 
-def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
+def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None = None) -> TrainConfig:
     """Merge keys, the later sources winning, check them, and fill in what is not given.
+
+    Args:
+        sources: keys and values.
+        workers: tells the number of ranks, asked only where a preset depends on it; the default asks MPI.
 
     Raises:
         UsageError: unknown key, wrong type, value out of range, a key of another mode.
@@ -150,10 +158,13 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
         modes = known[key].modes
         if modes and mode not in modes:
             raise UsageError(f"--{key.replace('_', '-')} belongs to mode {', '.join(modes)}; the mode is {mode}")
-    for key, least in (("epochs", 1), ("batch", 1), ("seed", 0), ("staleness", 0), ("every", 1)):
+    for key, least in (("epochs", 1), ("batch", 1), ("seed", 0), ("staleness", 0)):
         _at_least(keys, key, least)
     for key, least in (("warm_start", 0), ("eval_every", 1), ("threads", 1)):
         _at_least(keys, key, least)
+    parse_every(keys.get("every", 1), "--every")
+    if "preset" in keys:
+        keys = _with_preset(keys, workers or _ranks)
     rule_names = {o.name for o in rule_options()}
     options = {k: keys.pop(k) for k in list(keys) if k in rule_names}
     keys.setdefault("rule", "trend-smooth" if mode == "async" else "plain")
@@ -162,6 +173,23 @@ def make_config(*sources: Mapping[str, Any]) -> TrainConfig:
     keys.setdefault("name", f"{stem}-{str(keys.get('model', 'mlp')).split(':')[-1]}-{mode}")
     described = {k: v for k, v in rule.describe().items() if k != "name"}
     return TrainConfig(**keys, options=described)
+
+
+def _with_preset(keys: dict[str, Any], workers: Callable[[], int]) -> dict[str, Any]:
+    """``keys`` with what their preset sets; given ones win."""
+    name = keys["preset"]
+    settings = PRESETS[name].options if name in PRESETS else {}
+    ranks = workers() if settings.get("block_momentum") == "1-1/P" and "block_momentum" not in keys else 1
+    given = {o.name: keys[o.name] for o in OPTIONS if o.modes == _KSTEP and o.name != "preset" and o.name in keys}
+    settings = preset_options(name, ranks, given)
+    inner = PRESETS[name].rule if keys.get("rule", "plain") == "plain" else {}
+    return {**inner, **keys, **settings}
+
+
+def _ranks() -> int:
+    from hpcasync.comm import init
+
+    return init().size
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -206,10 +234,12 @@ def _typed(option: Option, value: Any) -> Any:
         return tuple(float(v) for v in value)
     if kind == "number-or-word" and (number or isinstance(value, str)):
         return float(value) if number else value
+    if kind == "whole-or-schedule" and isinstance(value, (int, str)) and not isinstance(value, bool):
+        return int(value) if isinstance(value, int) or value.strip().isdecimal() else value
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     wanted = {"floats": "two numbers", "number-or-word": "a number or a word", int: "a whole number", float: "a number"}
-    wanted |= {str: "a text", bool: "true or false"}
+    wanted |= {str: "a text", bool: "true or false", "whole-or-schedule": "a whole number or a schedule"}
     raise UsageError(f"--{option.name.replace('_', '-')}={value!r}: expected {wanted[kind]}")
 
 
