@@ -194,8 +194,9 @@ _COLUMNS = ("accuracy", "unrest", "jump", "loss", "area", "staleness")
 
 
 def _markdown(cell: str, table: Mapping[str, Summary]) -> str:
-    head = "| method | best lr | test accuracy, % | unrest, points | jump, points | final train loss | mean train loss | staleness | diverged |"
-    lines = [f"**{cell}**", "", head, "|---|---|---|---|---|---|---|---|---|"]
+    columns = ("method", "best lr", "test accuracy, %", "unrest, points", "jump, points", "final train loss", "mean train loss")
+    columns += ("staleness", "diverged")
+    lines = [f"**{cell}**", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for s in table.values():
         cells = [
             f"{s.mean('accuracy'):.2f} ± {s.spread('accuracy'):.2f}",
