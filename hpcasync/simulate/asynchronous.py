@@ -1,0 +1,299 @@
+"""The event loop: groups of workers, asynchronous inside a group, K-step averages among the groups.
+
+One group that never averages is mode async. Groups of one worker are mode kstep.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from torch import nn
+
+from hpcasync.data import Dataset
+from hpcasync.kernels import block_update
+from hpcasync.modes.interval import interval_at, parse_every
+from hpcasync.simulate.config import SimulateConfig
+from hpcasync.simulate.simulation import Simulation
+from hpcasync.simulate.worker import Phase, Virtual
+from hpcasync.store import IDLE
+
+_CHANGE, _ARRIVE = 0, 1  # of events at the same time, who comes and goes first; then by worker
+
+
+class Asynchronous(Simulation):
+    """Modes async, kstep and hierarchical.
+
+    A worker reads at time t and computes at what it read for a drawn time; its push travels, queues for the shards and is
+    applied at its arrival, in order of arrival (ties by worker). Applying and reading are one, as in the live store, so
+    what comes back is of the moment of the push.
+    """
+
+    def __init__(self, config: SimulateConfig, dataset: Dataset, model: nn.Module) -> None:
+        groups = {"async": 1, "kstep": config.workers, "hierarchical": config.groups}[config.mode]
+        super().__init__(config, dataset, model, groups)
+        self._averaging = config.mode != "async"
+        # A worker of kstep is alone with its store: what a local step costs is in its step time.
+        alone = config.mode == "kstep"
+        self._transfer = 0.0 if alone else self.cluster.network.transfer(self.nbytes)
+        self._service = 0.0 if alone else 4 * self.layout.total / self.cluster.service
+        self._free = [np.zeros(len(self.layout.shards)) for _ in self.stores]
+        self._bound = config.staleness if config.mode != "kstep" else None
+        self._in_turn = bool(getattr(self.rule, "in_turn", False))
+        self._every = parse_every(config.every)
+        self._held: list[Virtual] = []
+        self._events: list[tuple[float, int, int, int, bool]] = []
+        total = self.layout.total
+        self._anchor = self.stores[0].state[0].copy()
+        self._velocity, self._sum = np.zeros(total, np.float32), np.zeros(total, np.float32)
+        self._since = 0  # pushes since the last average
+        self._pushes = 0
+        self._budget = config.epochs * self.steps_per_epoch * config.workers if config.free_running else -1
+
+    def run(self) -> None:
+        for when, index, joins in self.cluster.changes:
+            heapq.heappush(self._events, (when, _CHANGE, index, 0, joins))
+        for worker in self.workers:
+            self.stores[worker.group].pull(worker.view, worker.out)
+            if worker.phase is Phase.ABSENT:
+                self._clocks(worker, IDLE)
+        self._begin_epoch(0)
+        while True:
+            if not self._events:
+                if not self.alive:
+                    raise self.nobody_left()
+                return
+            when, kind, index, life, joins = heapq.heappop(self._events)
+            worker = self.workers[index]
+            if kind == _ARRIVE and life != worker.life:
+                continue
+            self.now = max(self.now, when)
+            if kind == _ARRIVE:
+                self._arrive(worker)
+            elif joins:
+                self._join(worker)
+            else:
+                self._fail(worker)
+            if not self._settle():
+                return
+
+    # One worker's way.
+
+    def _read(self, worker: Virtual, start: float) -> None:
+        """The copy is what the worker computes with from ``start`` on: its next push is determined."""
+        worker.phase = Phase.BUSY
+        worker.computing = worker.times.next()
+        worker.communicate += self._transfer
+        heapq.heappush(
+            self._events,
+            (start + self._transfer + worker.computing + self._transfer, _ARRIVE, worker.index, worker.life, False),
+        )
+        self.gradients.request(worker.index, worker.batches[worker.step])
+
+    def _arrive(self, worker: Virtual) -> None:
+        worker.compute += worker.computing
+        worker.communicate += self._transfer
+        store = self.stores[worker.group]
+        if self._in_turn and not store.may_push(worker.view):  # type: ignore[attr-defined]
+            worker.phase = Phase.HELD
+            self._held.append(worker)
+            return
+        self._push(worker)
+
+    def _push(self, worker: Virtual) -> None:
+        """Apply the worker's gradient; it goes on, or waits for what it must wait for."""
+        store = self.stores[worker.group]
+        gradient = self.gradients.take(worker.index)
+        hypers = self.hypers(worker.steps)
+        done = self._serve(worker)
+        if self.took(worker, gradient):
+            store.push_pull(worker.view, gradient.parts, worker.out, hypers)
+            worker.updates += 1
+        else:
+            store.pull(worker.view, worker.out)
+            if store.clocks[worker.view.index] != IDLE:
+                store.clocks[worker.view.index] += 1
+        worker.steps += 1
+        worker.step += 1
+        worker.since += 1
+        self._pushes += 1
+        self._since += 1
+        self._evaluate_between()
+        self._next(worker, done)
+
+    def _next(self, worker: Virtual, done: float) -> None:
+        if worker.step == len(worker.batches):
+            if not self.config.free_running:
+                self._wait_as(worker, Phase.DONE)
+                return
+            worker.begin_epoch(worker.epoch + 1)
+        warm = worker.steps <= self.config.warm_start
+        if self._averaging and (warm or worker.since >= interval_at(self._every, worker.steps - worker.since)):
+            self._wait_as(worker, Phase.BLOCK)
+        elif self._ahead(worker):
+            worker.phase = Phase.GATED
+        else:
+            self._read(worker, done)
+
+    def _wait_as(self, worker: Virtual, phase: Phase) -> None:
+        """Wait for all; meanwhile nobody waits for this worker."""
+        worker.phase = phase
+        self._clocks(worker, IDLE)
+
+    def _serve(self, worker: Virtual) -> float:
+        """When the store is done with the worker's push: one push at a time in each shard, the others queue.
+
+        A push works on one shard after the other and takes free ones first, so as many pushes as there are shards
+        go on side by side.
+        """
+        if self._service == 0:
+            return self.now
+        free = self._free[worker.group]
+        slot = int(free.argmin())
+        free[slot] = max(self.now, float(free[slot])) + self._service
+        worker.communicate += self._service
+        return float(free[slot])
+
+    def _ahead(self, worker: Virtual) -> bool:
+        clocks = self.stores[worker.group].clocks
+        mine = int(clocks[worker.view.index])
+        return self._bound is not None and mine != IDLE and mine - int(clocks.min()) > self._bound
+
+    def _clocks(self, worker: Virtual, value: int) -> None:
+        self.stores[worker.group].clocks[worker.view.index] = value
+
+    # Who comes and goes.
+
+    def _join(self, worker: Virtual) -> None:
+        self.appear(worker)
+        store = self.stores[worker.group]
+        store.pull(worker.view, worker.out)
+        clocks = store.clocks[store.clocks != IDLE]
+        self._clocks(worker, int(clocks.min()) if clocks.size else 0)
+        worker.since = 0
+        self._read(worker, self.now)
+
+    def _fail(self, worker: Virtual) -> None:
+        self.vanish(worker)
+        self._clocks(worker, IDLE)
+        if worker in self._held:
+            self._held.remove(worker)
+
+    # What others wait for.
+
+    def _settle(self) -> bool:
+        """Let go on whoever may; returns whether the simulation does."""
+        progress = True
+        while progress:
+            if 0 <= self._budget <= self._pushes:
+                return False
+            progress = self._admit() or self._release()
+        alive = self.alive
+        if not alive:
+            if not any(joins for _, kind, _, _, joins in self._events if kind == _CHANGE):
+                raise self.nobody_left()
+            return True
+        if any(w.phase not in (Phase.BLOCK, Phase.DONE) for w in alive):
+            return True
+        if any(w.phase is Phase.BLOCK for w in alive):
+            self._average(alive, plain=all(w.steps <= self.config.warm_start for w in alive))
+            self._resume([w for w in alive if w.phase is Phase.BLOCK])
+            return True
+        return self._end_epoch(alive)
+
+    def _admit(self) -> bool:
+        """Push the first held gradient whose turn it is."""
+        for worker in self._held:
+            if self.stores[worker.group].may_push(worker.view):  # type: ignore[attr-defined]
+                self._held.remove(worker)
+                self._push(worker)
+                return True
+        return False
+
+    def _release(self) -> bool:
+        """Let the workers read that are no longer too far ahead."""
+        free = [w for w in self.workers if w.phase is Phase.GATED and not self._ahead(w)] if self._bound is not None else []
+        for worker in free:
+            self.stores[worker.group].pull(worker.view, worker.out)
+            self._read(worker, self.now)
+        return bool(free)
+
+    def _end_epoch(self, alive: list[Virtual]) -> bool:
+        """All have done their share: one model, evaluation, and the next epoch."""
+        if self._averaging and self._since:
+            self._average(alive, plain=False)
+        for worker in alive:
+            self.stores[worker.group].pull(worker.view, worker.out)
+        self.gradients.average_buffers([w.index for w in alive])
+        epoch = alive[0].epoch + 1
+        if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
+            self._evaluate(epoch)
+        if epoch == self.config.epochs:
+            return False
+        self._begin_epoch(epoch)
+        return True
+
+    def _begin_epoch(self, epoch: int) -> None:
+        alive = self.alive
+        for worker in alive:
+            worker.begin_epoch(epoch)
+            worker.since = 0
+        self._resume(alive)
+
+    def _resume(self, workers: list[Virtual]) -> None:
+        """Go on together: the clocks are equal again, as after a live ``synchronize``."""
+        for group, store in enumerate(self.stores):
+            most = max((w.steps for w in self.workers if w.group == group), default=0)
+            for worker in workers:
+                if worker.group == group:
+                    store.clocks[worker.view.index] = most
+        for worker in workers:
+            self._read(worker, self.now)
+
+    def _average(self, alive: list[Virtual], *, plain: bool) -> None:
+        """Average the models of the groups that have workers, with block momentum; all read the result."""
+        groups = sorted({w.group for w in alive})
+        stores = [self.stores[g] for g in groups]
+        seconds = self.cluster.network.allreduce(self.nbytes, len(groups))
+        self.now += seconds
+        self._since = 0
+        np.copyto(self._sum, stores[0].state[0])
+        for store in stores[1:]:
+            self._sum += store.state[0]
+        mu, lr = self.config.block_momentum, self.config.block_lr
+        if plain or (mu == 0 and lr == 1):
+            self._sum /= np.float32(len(groups))
+            self._anchor[:] = self._sum
+        else:
+            block_update(self._sum, self._anchor, self._velocity, len(groups), mu, lr, self.config.nesterov)
+        for store in self.stores:
+            store.state[0] = self._sum
+            if self.config.inner_state == "reset":
+                for row, vector in enumerate(self.rule.vectors, start=1):
+                    store.state[row] = vector.start
+                store.versions[:] = 0
+        if self.config.inner_state == "average" and len(self.rule.vectors):
+            mean = np.mean([store.state[1:] for store in stores], axis=0, dtype=np.float32)
+            for store in self.stores:
+                store.state[1:] = mean
+        for worker in self.workers:
+            self.stores[worker.group].pull(worker.view, worker.out)
+            worker.since = 0
+        for worker in alive:
+            worker.communicate += seconds
+
+    def _evaluate_between(self) -> None:
+        """Evaluate where no meeting of the workers does it."""
+        every, epoch = self.config.eval_updates, self.steps_per_epoch * self.config.workers
+        if self._budget >= 0 and self._pushes % epoch == 0:
+            number = self._pushes // epoch
+            if number % self.config.eval_every == 0 or self._pushes == self._budget:
+                self._evaluate(number)
+        elif every is not None and self._pushes % every == 0:
+            self._evaluate(self.total_samples / self.train_size)
+
+    def _evaluate(self, epoch: float) -> None:
+        w = self.stores[0].state[0]
+        if len(self.stores) > 1:
+            w = np.mean([s.state[0] for s in self.stores], axis=0, dtype=np.float32)
+        self.evaluated(epoch, self.now, w)

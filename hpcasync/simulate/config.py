@@ -1,0 +1,176 @@
+"""The configuration of a simulation: that of a run, and of the virtual machine it runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcasync.errors import UsageError, unknown
+from hpcasync.simulate.cluster import Cluster, Network, parse_changes, parse_network, parse_slow
+from hpcasync.simulate.distributions import Distribution, parse_distribution
+from hpcasync.simulate.like import read_like
+from hpcasync.simulate.units import bytes_per_second
+from hpcasync.train.config import OPTIONS, Option, TrainConfig, make_config, rule_options
+from hpcasync.train.config import _typed as typed_value
+
+MODES = ("async", "sync", "kstep", "hierarchical")
+
+SIMULATE_OPTIONS = (
+    Option("workers", int, 4, "virtual workers, the late ones included"),
+    Option("compute", str, "constant:1.0", "seconds of a gradient: constant:MEAN, exponential:MEAN, lognormal:MEAN,SIGMA, "
+           "gamma:MEAN,SHAPE, recorded:FILE; MEAN also with ms or us"),
+    Option("network", str, "0,inf", "LATENCY,BANDWIDTH of pushes, pulls and averages, such as 5us,10GB/s"),
+    Option("service", str, "inf", "bandwidth at which the store applies pushes; pushes to one shard queue"),
+    Option("slow", "list", (), "RANK:FACTOR: a slower (or faster) worker; may be repeated"),
+    Option("fail", "list", (), "RANK@SECONDS: a worker dies; may be repeated"),
+    Option("join", "list", (), "RANK@SECONDS: a worker comes late, or again; may be repeated"),
+    Option("groups", int, 2, "groups, asynchronous inside, K-step averages among them", ("hierarchical",)),
+    Option("like", str, None, "folder of a live run: its number of workers, compute and communication times"),
+    Option("free_running", bool, False, "no meeting at the end of an epoch", ("async",)),
+    Option("eval_updates", int, None, "evaluate also after so many pushes", ("async", "hierarchical")),
+    Option("naive", bool, False, "evaluate gradients one by one"),
+    Option("dry", bool, False, "no gradients: throughput, queueing and staleness only", ("async",)),
+    Option("updates", int, None, "pushes of a dry simulation (default: 100 per worker)", ("async",)),
+    Option("parameters", int, None, "size of the model in a dry simulation (default: the model's)", ("async",)),
+)  # fmt: skip
+"""What a simulation has beside the options of a run."""
+
+_LEAST = {"workers": 1, "groups": 1, "eval_updates": 1, "updates": 1, "parameters": 1}
+_DRY = ("updates", "parameters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateConfig(TrainConfig):
+    """What to simulate: a run's configuration, and one field for each of ``SIMULATE_OPTIONS``."""
+
+    workers: int = 4
+    compute: str = "constant:1.0"
+    network: str = "0,inf"
+    service: str = "inf"
+    slow: tuple[str, ...] = ()
+    fail: tuple[str, ...] = ()
+    join: tuple[str, ...] = ()
+    groups: int = 2
+    like: str | None = None
+    free_running: bool = False
+    eval_updates: int | None = None
+    naive: bool = False
+    dry: bool = False
+    updates: int | None = None
+    parameters: int | None = None
+
+    def keys(self) -> dict[str, Any]:
+        """The configuration as the flat keys of a file, without those of other modes and those not set."""
+        flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
+        foreign = {o.name for o in (*OPTIONS, *SIMULATE_OPTIONS) if not _belongs(o, self.mode)}
+        flat = {k: v for k, v in flat.items() if k not in foreign} | self.options
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
+
+    @property
+    def cluster(self) -> Cluster:
+        """The virtual machine.
+
+        Raises:
+            UsageError: something of it does not parse or is out of range.
+        """
+        compute: tuple[Distribution, ...] = (parse_distribution(self.compute),)
+        network = parse_network(self.network)
+        if self.like is not None:
+            like = read_like(Path(self.like))
+            compute = tuple(Distribution("constant", mean) for mean in like.compute)
+            mean = sum(like.communicate) / len(like.communicate)
+            network = Network(mean / 2)  # half for the push, half for the pull
+        return Cluster(
+            self.workers,
+            compute,
+            network,
+            bytes_per_second(self.service, "--service"),
+            parse_slow(self.slow, self.workers),
+            parse_changes(self.fail, self.join, self.workers),
+        )
+
+
+def simulate_options() -> tuple[Option, ...]:
+    """All options of a simulation but the rules'."""
+    return (*SIMULATE_OPTIONS, *(o for o in OPTIONS if o.name != "device"))
+
+
+def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
+    """Merge keys, the later sources winning, check them, and fill in what is not given.
+
+    Raises:
+        UsageError: unknown key, wrong type, value out of range, a key of another mode.
+    """
+    own = {o.name: o for o in SIMULATE_OPTIONS}
+    keys = {k.replace("-", "_"): v for source in sources for k, v in source.items() if v is not None}
+    known = {o.name: o for o in (*SIMULATE_OPTIONS, *OPTIONS, *rule_options())}
+    for key in keys:
+        if key not in known:
+            raise unknown("option", key, known)
+    mine = {k: _typed(own[k], keys.pop(k)) for k in list(keys) if k in own}
+    mode = keys.get("mode", "async")
+    if mode not in MODES:
+        raise unknown("mode", str(mode), MODES)
+    for key in (*mine, *keys):
+        if not _belongs(known[key], mode):
+            modes = (*known[key].modes, *(("hierarchical",) if known[key].modes[0] != "hierarchical" else ()))
+            raise UsageError(f"--{key.replace('_', '-')} belongs to mode {', '.join(modes)}; the mode is {mode}")
+    for key, least in _LEAST.items():
+        if mine.get(key) is not None and mine[key] < least:
+            raise UsageError(f"--{key.replace('_', '-')}={mine[key]}: expected a whole number >= {least}")
+    if not mine.get("dry"):
+        for key in _DRY:
+            if key in mine:
+                raise UsageError(f"--{key} is the size of a dry simulation; give --dry too")
+    _like_workers(mine)
+    base = _base_config(mode, keys, mine.get("workers", SimulateConfig.workers))
+    config = SimulateConfig(**base, **mine)
+    _ = config.cluster  # raises for what does not parse
+    if mode == "hierarchical" and config.groups > config.workers:
+        raise UsageError(f"--groups={config.groups}: more groups than the {config.workers} workers")
+    return config
+
+
+def _base_config(mode: str, keys: dict[str, Any], workers: int) -> dict[str, Any]:
+    """The fields of a run's configuration, checked as those of a run are."""
+    keys = dict(keys)
+    extra = {}
+    if mode == "hierarchical":  # kstep among groups, async inside them
+        keys["mode"] = "kstep"
+        keys.setdefault("rule", "trend-smooth")
+        if "staleness" in keys:
+            extra["staleness"] = make_config({"staleness": keys.pop("staleness")}).staleness
+    named = "name" in keys
+    config = make_config(keys, workers=lambda: workers)
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    fields |= {"mode": mode, **extra}
+    if not named:
+        fields["name"] = f"{config.name.rsplit('-', 1)[0]}-{mode}-simulated"
+    return fields
+
+
+def _like_workers(mine: dict[str, Any]) -> None:
+    """Take the number of workers from ``--like``; its times leave no room for others."""
+    if mine.get("like") is None:
+        return
+    for key in ("compute", "network"):
+        if key in mine:
+            raise UsageError(f"--like takes the times of the recorded run; it does not go with --{key}")
+    mine.setdefault("workers", len(read_like(Path(mine["like"])).compute))
+
+
+def _belongs(option: Option, mode: str) -> bool:
+    if not option.modes or mode in option.modes:
+        return True
+    return mode == "hierarchical" and option.name in {o.name for o in OPTIONS}
+
+
+def _typed(option: Option, value: Any) -> Any:
+    if option.kind != "list":
+        return typed_value(option, value)
+    if isinstance(value, str) or not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
+        raise UsageError(f"--{option.name}={value!r}: expected a list of texts")
+    return tuple(value)
