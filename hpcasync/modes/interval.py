@@ -36,9 +36,9 @@ def parse_every(every: Any, name: str = "every") -> Pieces:
             "step, holds to the end)"
         ) from None
     least = 0.0
-    for k, end in pieces:
-        if k < 1:
-            raise UsageError(f"{name}={every!r}: K is {k}, expected at least 1")
+    for count, end in pieces:
+        if count < 1:
+            raise UsageError(f"{name}={every!r}: K is {count}, expected at least 1")
         if end <= least:
             raise UsageError(f"{name}={every!r}: step {end:g} after {least:g}, expected ascending steps from 1")
         least = end

@@ -52,7 +52,7 @@ PRESETS = {
         {"block_momentum": "1-1/P", "block_lr": 1.0, "inner_state": "reset"},
     ),
     "slowmo": Preset(
-        "slow momentum 0.6 (the paper: 0.4 to 0.8 by task), local state reset (its other choice: keep); constant lr",
+        "slow momentum 0.6 (the paper: by task), local state reset (its other choice: keep); constant lr",
         "Wang, Tantia, Ballas, Rabbat, ICLR 2020, arXiv 1910.00643",
         {"every": 12, "block_momentum": 0.6, "block_lr": 1.0, "inner_state": "reset"},
     ),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcasync.docstrings import attributes_of
 from hpcasync.errors import UsageError, unknown
 from hpcasync.modes.interval import parse_every
 from hpcasync.modes.presets import PRESETS, preset_options
@@ -64,31 +66,36 @@ OPTIONS = (
     Option("name", str, None, "name of the run (default: data-model-mode)"),
 )
 
-RULE_HELP = {
-    "lr": "learning rate (default: by base)",
-    "base": "base step: sgd, momentum, nesterov, rmsprop, adam, adamw, amsgrad",
-    "momentum": "decay of the momentum buffer",
-    "alpha": "decay of RMSProp's squared average",
-    "betas": "decays of Adam's two moments",
-    "eps": "added to the denominator of adaptive bases",
-    "weight_decay": "L2 coefficient",
-    "variant": "Trend-Smooth's formula",
-    "beta": "decay of Trend-Smooth's trend",
-    "shrink": "Trend-Smooth 'opposed': factor, or 'staleness'",
-    "floor": "Trend-Smooth: least factor",
-    "up": "Trend-Smooth 'rate': recovery per agreeing step",
-    "down": "Trend-Smooth 'rate': factor per opposing step",
-    "masked": "Trend-Smooth: the trend follows the shrunk steps",
+_KINDS: dict[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "float | str": "number-or-word",
+    "Sequence[float]": "floats",
 }
-_RULE_KINDS: dict[str, Any] = {"base": str, "variant": str, "shrink": "number-or-word", "betas": "floats", "masked": bool}
+"""What a flag takes, by the annotation of a rule's field."""
 
 
+@functools.cache
 def rule_options() -> tuple[Option, ...]:
-    """The options of all rules, each once; the default is the rule's own."""
-    from hpcasync.rules import RULES, options_of
+    """The options of all rules, each once; the default is the rule's own. Kind and help are of the rules' classes."""
+    from hpcasync.rules import RULES, Rule
 
-    names = dict.fromkeys(n for rule in RULES for n in options_of(rule))
-    return tuple(Option(n, _RULE_KINDS.get(n, float), None, RULE_HELP.get(n, "")) for n in names)
+    common = {f.name for f in dataclasses.fields(Rule)}
+    found: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    for name, rule in RULES.items():
+        texts = attributes_of(rule)
+        for f in dataclasses.fields(rule):
+            kind = _KINDS.get(str(f.type).removesuffix(" | None"), float)
+            # What a rule inherits is explained by its owner, once.
+            text = attributes_of(Rule)[f.name] if f.name in common else texts.get(f.name, "")
+            _, helps = found.setdefault(f.name, (kind, {}))
+            helps.setdefault(text, []).append("" if f.name in common else name)
+    return tuple(
+        Option(n, kind, None, "; ".join(f"{', '.join(owners)}: {t}" if all(owners) else t for t, owners in helps.items()))
+        for n, (kind, helps) in found.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
