@@ -38,8 +38,11 @@ class Asynchronous(Simulation):
         self._transfer = 0.0 if alone else self.cluster.network.transfer(self.nbytes)
         self._service = 0.0 if alone else 4 * self.layout.total / self.cluster.service
         self._free = [np.zeros(len(self.layout.shards)) for _ in self.stores]
-        self._bound = config.staleness if config.mode != "kstep" else None
+        given = config.staleness
+        self._bound = None if alone else getattr(self.rule, "default_staleness", None) if given is None else given
         self._in_turn = bool(getattr(self.rule, "in_turn", False))
+        # With copies of their own, workers meet the shared parameters in every so many steps only.
+        self._meets = int(getattr(self.rule, "every", 1)) if getattr(self.rule, "own_copy", False) else 1
         self._every = parse_every(config.every)
         self._held: list[Virtual] = []
         self._events: list[tuple[float, int, int, int, bool]] = []
@@ -83,16 +86,19 @@ class Asynchronous(Simulation):
         """The copy is what the worker computes with from ``start`` on: its next push is determined."""
         worker.phase = Phase.BUSY
         worker.computing = worker.times.next()
-        worker.communicate += self._transfer
-        heapq.heappush(
-            self._events,
-            (start + self._transfer + worker.computing + self._transfer, _ARRIVE, worker.index, worker.life, False),
-        )
+        there, back = self._transfer_at(worker.steps), self._transfer_at(worker.steps - 1)
+        worker.communicate += back
+        when = start + back + worker.computing + there
+        heapq.heappush(self._events, (when, _ARRIVE, worker.index, worker.life, False))
         self.gradients.request(worker.index, worker.batches[worker.step])
+
+    def _transfer_at(self, step: int) -> float:
+        """Seconds of a push or a pull in a worker's step number ``step``."""
+        return self._transfer if step < 0 or step % self._meets == 0 else 0.0
 
     def _arrive(self, worker: Virtual) -> None:
         worker.compute += worker.computing
-        worker.communicate += self._transfer
+        worker.communicate += self._transfer_at(worker.steps)
         store = self.stores[worker.group]
         if self._in_turn and not store.may_push(worker.view):  # type: ignore[attr-defined]
             worker.phase = Phase.HELD
@@ -146,7 +152,7 @@ class Asynchronous(Simulation):
         A push works on one shard after the other and takes free ones first, so as many pushes as there are shards
         go on side by side.
         """
-        if self._service == 0:
+        if self._service == 0 or worker.steps % self._meets:
             return self.now
         free = self._free[worker.group]
         slot = int(free.argmin())

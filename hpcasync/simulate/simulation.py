@@ -64,7 +64,9 @@ class Simulation:
         self.copies = aligned_zeros(workers, self.layout.total)
         self.copies[:] = start
         place = [i * groups // workers for i in range(workers)]
-        self.stores = [LocalStore(self.layout, self.rule, workers=place.count(g)) for g in range(groups)]
+        # In mode sync one worker pushes for all.
+        members = [1] if config.mode == "sync" else [place.count(g) for g in range(groups)]
+        self.stores = [LocalStore(self.layout, self.rule, workers=count) for count in members]
         for store in self.stores:
             store.start_state(start)
         parts = "iid"
@@ -74,7 +76,7 @@ class Simulation:
             Virtual(
                 i,
                 place[i],
-                self.stores[place[i]].worker(i - place.index(place[i])),
+                self.stores[place[i]].worker(0 if config.mode == "sync" else i - place.index(place[i])),
                 self.copies[i],
                 Loader(dataset, Place(i, workers), batch=config.batch, seed=config.seed, partition=parts),
                 StepTimes(self.cluster, i, config.seed),
@@ -87,7 +89,7 @@ class Simulation:
         batched = not config.naive and workers > 1
         threads = torch.get_num_threads()
         self.gradients = Gradients(model, self.layout, self.copies, samples, batched=batched, threads=threads)
-        self.rule.warm_up()
+        self.stores[0].rule.warm_up()
         self.now = 0.0
         self.loss = np.zeros(2)  # sum of losses times samples, samples; since the last evaluation
         self.total_samples = 0

@@ -7,7 +7,7 @@ import re
 
 from hpcasync.errors import UsageError
 
-_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_PER_SECOND = {"": 1.0, "s": 1.0, "ms": 1e3, "us": 1e6, "µs": 1e6, "ns": 1e9}
 _PREFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _NUMBER = r"([0-9.]+(?:[eE][-+]?[0-9]+)?)"
 
@@ -25,7 +25,7 @@ def seconds(text: str, flag: str, *, zero: bool = True) -> float:
     """
     match = re.fullmatch(_NUMBER + r"\s*([a-zµ]*)", text.strip())
     try:
-        value = float(match[1]) * _SECONDS[match[2]] if match else math.nan
+        value = float(match[1]) / _PER_SECOND[match[2]] if match else math.nan
     except (KeyError, ValueError):
         value = math.nan
     if not math.isfinite(value) or (value == 0 and not zero):
