@@ -25,7 +25,7 @@ from hpcasync.kernels.fused import fused_update
 CHUNK = 1 << 15
 """Elements that a thread claims at a time."""
 
-_WORDS = 18  # int64 words of a job: the next free element, then what the part function needs
+_WORDS = 20  # int64 words of a job: the next free element, then what the part function needs
 
 
 @intrinsic
@@ -56,15 +56,16 @@ def _update_part(data):
     state = carray(_pointer(job[3]), (job[4], job[5]), np.float32)
     grad = carray(_pointer(job[6]), (size,), np.float32)
     out = carray(_pointer(job[7]), (size,), np.float32)
-    hyper = carray(_pointer(job[8]), (job[9],), np.float64)
+    private = carray(_pointer(job[8]), (job[9], job[10]), np.float32)
+    plan = carray(_pointer(job[11]), (job[12],), np.int64)
+    hyper = carray(_pointer(job[13]), (job[14],), np.float64)
     while True:
         lo = _claim(job.ctypes.data, CHUNK)
         if lo >= size:
             return
         hi = min(lo + CHUNK, size)
         fused_update(
-            state, start + lo, grad[lo:hi], out[lo:hi],
-            job[10], job[11], job[12] != 0, job[13] != 0, job[14], hyper, job[15], job[16],
+            state, start + lo, grad[lo:hi], out[lo:hi], private, plan, hyper, job[15], job[16], job[17],
         )  # fmt: skip
 
 
@@ -87,24 +88,23 @@ def update(
     start: int,
     grad: np.ndarray,
     out: np.ndarray,
-    base: int,
-    variant: int,
-    masked: bool,
-    by_staleness: bool,
-    vectors: int,
+    private: np.ndarray,
+    plan: np.ndarray,
     hyper: np.ndarray,
     count: int,
     tau: int,
+    arrival: int,
 ) -> None:
     """``fused_update`` on ``threads`` threads."""
     run = _runner() if threads > 1 and grad.size > CHUNK else None
     if run is None:
-        fused_update(state, start, grad, out, base, variant, masked, by_staleness, vectors, hyper, count, tau)
+        fused_update(state, start, grad, out, private, plan, hyper, count, tau, arrival)
         return
     # fmt: off
     job = np.array([
         0, grad.size, start, state.ctypes.data, state.shape[0], state.shape[1], grad.ctypes.data, out.ctypes.data,
-        hyper.ctypes.data, hyper.size, base, variant, masked, by_staleness, vectors, count, tau, 0,
+        private.ctypes.data, private.shape[0], private.shape[1], plan.ctypes.data, plan.size,
+        hyper.ctypes.data, hyper.size, count, tau, arrival, 0, 0,
     ], np.int64)
     # fmt: on
     run(_update_part.address, job, threads)

@@ -31,11 +31,15 @@ class Async(Mode):
     Parameters without a gradient in a step are only read. Buffers stay per rank until ``synchronize()``, which averages
     them. With one rank the model lives in the store itself and a step is one pass of the rule's kernel.
 
+    With a rule whose workers have copies of their own (``easgd``) the model that a rank trains is its copy; ``synchronize()``
+    replaces it by the shared centre. With a rule in turn (``gsgm``) a rank whose turn is used waits before its push.
+
     Args:
         params: a module, parameters, or parameter groups; groups may override the rule's hyper-parameters.
         rule: what a gradient does, see ``hpcasync.rules``.
         staleness: a rank more than this many pushes ahead of the slowest waits (stale synchronous parallel); 0 keeps
-            all in step, None never waits.
+            all in step. None takes the rule's ``default_staleness``: 16 for ``apam``, whose theory needs a bound; the
+            other rules have none, no rank ever waits.
         world: from ``hpcasync.init()``.
         on_nonfinite: ``"skip"`` the push of a gradient with NaN or infinity, or ``"abort"``.
         stall_seconds: warn every so often while waiting for slower ranks.
@@ -65,19 +69,18 @@ class Async(Mode):
             rule.check_options(rule.group_options() | group)
         super().__init__(groups, rule.group_options(), world=world, model=model, on_nonfinite=on_nonfinite)
         check_dtypes(self.params, names, [torch.float32], self.mode)
-        self.rule = rule
-        self._bound = staleness
+        self.rule = rule = rule.bind(self.world.size)
+        self._bound = rule.default_staleness if staleness is None else int(staleness)
+        self.discarded = 0
         self._stall_seconds = stall_seconds
         agree(
             self.world,
             {
                 "the model's parameter shapes": [tuple(p.shape) for p in self.params],
                 "the rule": rule.describe(),
-                "staleness": staleness,
+                "staleness": self._bound,
                 "on_nonfinite": on_nonfinite,
-                "the parameter groups' options": [
-                    {k: v for k, v in g.items() if k != "params"} for g in self.param_groups
-                ],
+                "the parameter groups' options": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
             },
         )
         device = self.params[0].device
@@ -86,14 +89,12 @@ class Async(Mode):
         layout = make_layout([p.numel() for p in self.params], SHARD_ELEMENTS * (16 if self._one else 1))
         threads = self.world.threads
         self.store: Store = (
-            LocalStore(layout, rule, threads=threads)
-            if self._one
-            else WindowStore(self.world, layout, rule, threads=threads)
+            LocalStore(layout, rule, threads=threads) if self._one else WindowStore(self.world, layout, rule, threads=threads)
         )
         self._worker = self.store.worker(self.world.rank)
         self.staleness = self._worker.staleness
         # With one rank on a CPU the model lives in the store; otherwise in this rank's own flat copy.
-        aliased = self._one and device.type == "cpu"
+        aliased = self._one and device.type == "cpu" and not rule.own_copy
         self._out = self.store.state[0] if aliased else np.zeros(layout.total, np.float32)
         buffer = torch.from_numpy(self._out) if device.type == "cpu" else torch.zeros(layout.total, device=device)
         self._flat = FlatParameters(self.params, names, layout, buffer)
@@ -124,8 +125,7 @@ class Async(Mode):
         seen = 0 if self._bound is None else self._slowest_other()
         grads = [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
         if all([g is None or self._check.finite(p, g) for p, g in zip(self._flat.params, grads, strict=True)]):
-            self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, self._hypers()))
-            self.updates += 1
+            self._push(grads)
         else:
             self._nonfinite(f"rank {self.world.rank}")
             self._timed(self._skip)
@@ -136,6 +136,9 @@ class Async(Mode):
 
     def synchronize(self) -> None:
         """Wait for every rank, then give all the same newest model and averaged buffers. Collective.
+
+        With ``easgd`` the model is then the centre, and training goes on from it; what a rank's copy had learned since its
+        last exchange is dropped.
 
         A rank that waits here does not hold up the others' bound on staleness.
         """
@@ -171,6 +174,7 @@ class Async(Mode):
             i: {
                 v.name: torch.from_numpy(state[row, start : start + size].copy()).view(self._flat.params[i].shape)
                 for row, v in enumerate(self.rule.vectors, start=1)
+                if v.saved
             }
             for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True))
         }
@@ -182,6 +186,8 @@ class Async(Mode):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave, and publish rank 0's model with it. Collective.
 
+        Vectors that a rank has for itself (easgd's momentum, gsgm's last gradient) are not saved: they start anew.
+
         Raises:
             UsageError: another rule's state, or another model's.
         """
@@ -190,6 +196,7 @@ class Async(Mode):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._flat.attach()
         self._barrier()
+        self.store.restart(self._worker)
         if self.world.rank == 0:
             self._write_state(state_dict)
         self._publish(keep_state=True)
@@ -206,13 +213,41 @@ class Async(Mode):
         self._check.close()
         self.store.close()
 
+    def _push(self, grads: list[np.ndarray | None]) -> None:
+        if self.rule.in_turn and not self._one and not self._take_turn():
+            self.discarded += 1
+            self._timed(self._read)
+            return
+        self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, self._hypers()))
+        self.updates += 1
+
+    def _take_turn(self) -> bool:
+        rule: Any = self.rule
+        hold = rule.out_of_turn == "hold"
+        took = False
+
+        def work() -> None:
+            nonlocal took
+            took = self.store.take_turn(
+                self._worker, hold=hold, patience=rule.patience, stalled=self._stalled, every=self._stall_seconds
+            )
+
+        self._timed(work)
+        return took
+
+    def _read(self) -> None:
+        """Read the newest parameters, unless this rank's copy is its own."""
+        if not self.rule.own_copy:
+            self.store.pull(self._worker, self._out)
+
     def _hypers(self) -> list[np.ndarray]:
         return [h for g in self.param_groups for h in [self.rule.hyper(g)] * len(g["params"])]
 
     def _skip(self) -> None:
         """Take no part in this step but read, and let the clock go on so that nobody waits for this rank."""
-        self.store.pull(self._worker, self._out)
-        self.store.clocks[self.world.rank] += 1
+        self._read()
+        clocks, rank = self.store.clocks, self.world.rank
+        clocks[rank] = max(clocks[rank], self.store.excused[rank]) + 1
 
     def _slowest_other(self) -> int:
         """Pushes of the slowest other rank: what is read from now on has at least these of every rank."""
@@ -227,16 +262,17 @@ class Async(Mode):
         assert self._bound is not None
         too_old = int(self.store.clocks[self.world.rank]) - seen > self._bound
         if self.store.gate(self._worker, self._bound, self._stalled, self._stall_seconds) or too_old:
-            self.store.pull(self._worker, self._out)
+            self._read()
 
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("the optimizer is closed: its shared window is gone; make a new Async to train on")
 
     def _stalled(self, seconds: float, slow: list[int]) -> None:
+        why = f"rule {self.rule.name}" if self.rule.in_turn else f"staleness={self._bound}"
         warnings.warn(
-            f"rank {self.world.rank} has waited {seconds:.0f} s at step {self.steps} for the slower rank(s) {slow} "
-            f"(staleness={self._bound}). A rank that stops training early must call synchronize() or close().",
+            f"rank {self.world.rank} has waited {seconds:.0f} s at step {self.steps} for the slower rank(s) {slow} ({why}). "
+            "A rank that stops training early must call synchronize() or close().",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -296,15 +332,19 @@ class Async(Mode):
         shapes = [tuple(p.shape) for p in self._flat.params]
         for i, shape in enumerate(shapes):
             vectors: dict[str, torch.Tensor] = state_dict["state"].get(i, {})
-            for v in self.rule.vectors:
+            for v in [v for v in self.rule.vectors if v.saved]:
                 found = tuple(vectors[v.name].shape) if v.name in vectors else "nothing"
                 if found != shape:
                     raise UsageError(f"state of {self._flat.names[i]}, {v.name}: found {found}, expected {shape}")
 
     def _write_state(self, state_dict: dict[str, Any]) -> None:
         layout, state = self.store.layout, self.store.state
-        for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
-            for row, v in enumerate(self.rule.vectors, start=1):
+        self.store.notes[:] = 0
+        for row, v in enumerate(self.rule.vectors, start=1):
+            if not v.saved:
+                state[row] = v.start
+                continue
+            for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
                 state[row, start : start + size] = state_dict["state"][i][v.name].reshape(-1).numpy()
         versions: Sequence[int] = state_dict["hpcasync"]["versions"]
         # Another sharding: all shards had nearly the same number of updates, the largest stands for all.

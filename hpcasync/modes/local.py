@@ -18,10 +18,16 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     Args:
         params: a module, parameters, or parameter groups, float32.
-        rule: what a gradient does.
+        rule: what a gradient does; it is bound to one worker.
+
+    Raises:
+        UsageError: a rule with copies per worker, no trainable parameter, options out of range.
     """
 
     def __init__(self, params: Source, rule: Rule) -> None:
+        if rule.own_copy:
+            raise UsageError(f"rule {rule.name!r} is about workers and a centre that they share: it needs mode async")
+        rule = rule.bind(1)
         groups, names, _ = groups_of(params)
         for group in groups:
             rule.check_options(rule.group_options() | group)
@@ -69,7 +75,7 @@ def torch_optimizer(rule: Rule, params: Source) -> torch.optim.Optimizer:
     Raises:
         UsageError: no trainable parameter.
     """
-    if type(rule) is not ASGD:
+    if type(rule) is not ASGD or rule.base == "ema":
         return RuleOptimizer(params, rule)
     groups, _, _ = groups_of(params)
     common: dict[str, Any] = {"lr": rule.lr, "weight_decay": rule.weight_decay}

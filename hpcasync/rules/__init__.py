@@ -7,14 +7,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpcasync.errors import UsageError, unknown
+from hpcasync.rules.apam import APAM
 from hpcasync.rules.asgd import ASGD
 from hpcasync.rules.base import Rule, Vector
+from hpcasync.rules.dc_asgd import DCASGD
+from hpcasync.rules.easgd import EAMSGD, EASGD
+from hpcasync.rules.gsgm import GSGM
+from hpcasync.rules.hogwild import Hogwild
+from hpcasync.rules.staleness_aware import StalenessAware
 from hpcasync.rules.trend_smooth import TrendSmooth
 
 RULES: dict[str, type[Rule]] = {
     "asgd": ASGD,
     "plain": ASGD,  # the same, by the name that fits the synchronous modes
     "trend-smooth": TrendSmooth,
+    "staleness-aware": StalenessAware,
+    "dc-asgd": DCASGD,
+    "hogwild": Hogwild,
+    "easgd": EASGD,
+    "eamsgd": EAMSGD,
+    "apam": APAM,
+    "gsgm": GSGM,
 }
 """Every rule by its name on the command line: a new rule is one file and one line here."""
 
@@ -48,4 +61,5 @@ def _find(name: str) -> type[Rule]:
     return RULES[name]
 
 
-__all__ = ["ASGD", "RULES", "Rule", "TrendSmooth", "Vector", "make_rule", "options_of"]
+__all__ = ["APAM", "ASGD", "DCASGD", "EAMSGD", "EASGD", "GSGM", "Hogwild", "StalenessAware", "TrendSmooth"]
+__all__ += ["RULES", "Rule", "Vector", "make_rule", "options_of"]

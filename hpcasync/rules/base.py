@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
 from hpcasync.errors import UsageError, unknown
-from hpcasync.kernels import BASES, HYPER, VARIANTS, fused_update
+from hpcasync.kernels import BASES, HYPER, PLAN, fused_update
 
 BASE_VECTORS: dict[str, tuple[str, ...]] = {
     "sgd": (),
@@ -21,8 +23,18 @@ BASE_VECTORS: dict[str, tuple[str, ...]] = {
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
     "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "ema": ("momentum_buffer",),
 }
 """State vectors of each base, named as torch names them in an optimizer's ``state_dict``."""
+
+ADAM_BASES = ("adam", "adamw", "amsgrad")
+OPTION_BASES = {
+    "momentum": ("momentum", "nesterov", "ema"),
+    "alpha": ("rmsprop",),
+    "betas": ADAM_BASES,
+    "eps": ("rmsprop", *ADAM_BASES),
+}
+"""The bases that use an option; with any other base it must stay at its default."""
 
 DEFAULT_LR = {
     "sgd": 0.05,
@@ -32,15 +44,26 @@ DEFAULT_LR = {
     "adam": 5e-4,
     "adamw": 5e-4,
     "amsgrad": 5e-4,
+    "ema": 0.05,
 }
+
+NO_VECTORS = np.zeros((0, 0), np.float32)
+R = TypeVar("R", bound="Rule")
 
 
 @dataclass(frozen=True)
 class Vector:
-    """One state vector of a rule: its name and the value that every element starts with."""
+    """One state vector of a rule.
+
+    Attributes:
+        name: as in the optimizer's ``state_dict``.
+        start: value that every element starts with.
+        saved: False for a vector that means nothing without the workers' private ones: it starts anew after loading.
+    """
 
     name: str
     start: float = 0.0
+    saved: bool = True
 
 
 def between(name: str, value: Any, low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> None:
@@ -52,14 +75,16 @@ def between(name: str, value: Any, low: float, high: float, *, low_open: bool = 
         raise UsageError(f"{name}={value!r}: expected a number in {interval}")
 
 
-def run_fused(threads: int, *args: Any) -> None:
-    """``fused_update`` of ``args``, on several threads where the caller may use them."""
-    if threads > 1:
-        from hpcasync.kernels import team
+def whole(name: str, value: Any, low: int) -> None:
+    """Raise ``UsageError`` unless ``value`` is a whole number >= ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UsageError(f"{name}={value!r}: expected a whole number >= {low}")
 
-        team.update(threads, *args)
-    else:
-        fused_update(*args)
+
+def yes_or_no(name: str, value: Any) -> None:
+    """Raise ``UsageError`` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise UsageError(f"{name}={value!r}: expected True or False")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +94,15 @@ class Rule:
     Pure: flat float32 arrays in and out, no MPI and no torch. Instances are immutable; the hyper-parameters named by
     ``group_options`` start from here and may then differ per parameter group and change while training (schedulers).
 
+    A subclass says by class attributes what it asks of the store and of the mode: ``bases`` it runs on; ``lock_free``:
+    shards are updated without locks, updates may be lost; ``in_turn``: a worker pushes once per round
+    (``Store.may_push``); ``own_copy``: the worker's copy of ``w`` is its own and meets the shared one only in every
+    ``every``-th step; ``default_staleness``: the bound that ``Async`` sets when none is given.
+
     Attributes:
         lr: learning rate, > 0; ``None`` takes the default of the base.
         base: base step, one of ``BASES``; each follows the torch optimizer of that name.
-        momentum: decay of the momentum buffer (momentum, nesterov), in [0, 1).
+        momentum: decay of the momentum buffer (momentum, nesterov, ema), in [0, 1).
         alpha: decay of RMSProp's squared average, in [0, 1).
         betas: decays of Adam's moments, each in [0, 1).
         eps: added to the denominator of the adaptive bases, >= 0.
@@ -81,6 +111,12 @@ class Rule:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    bases: ClassVar[tuple[str, ...]] = tuple(BASES)
+    lock_free: ClassVar[bool] = False
+    in_turn: ClassVar[bool] = False
+    own_copy: ClassVar[bool] = False
+    default_staleness: ClassVar[int | None] = None
+    workers: ClassVar[int] = 1  # of the class; ``bind`` gives an instance its own
 
     lr: float | None = None
     base: str = "sgd"
@@ -93,32 +129,56 @@ class Rule:
     def __post_init__(self) -> None:
         if self.base not in BASES:
             raise unknown("base", str(self.base), BASES)
+        if self.base not in self.bases:
+            raise UsageError(f"rule {self.name!r} has base {' or '.join(self.bases)}, found {self.base!r}")
         if self.lr is None:
             object.__setattr__(self, "lr", DEFAULT_LR[self.base])
         if isinstance(self.betas, list):
             object.__setattr__(self, "betas", tuple(self.betas))
         self.check_options(self.group_options())
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, bases in OPTION_BASES.items():
+            if self.base not in bases and getattr(self, name) != defaults[name]:
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r}: base {self.base!r} does not use it (its default is "
+                    f"{defaults[name]!r}); it belongs to base {', '.join(bases)}"
+                )
+
+    def bind(self: R, workers: int) -> R:
+        """This rule for so many workers; the stores bind theirs. Idempotent.
+
+        Raises:
+            UsageError: an option that does not fit the number of workers.
+        """
+        bound = copy.copy(self)
+        bound.__dict__.pop("plan", None)
+        object.__setattr__(bound, "workers", workers)
+        return bound
 
     @property
-    def variant(self) -> str:
-        """The modifier of this rule, one of ``kernels.VARIANTS``."""
-        return "none"
+    def every(self) -> int:
+        """A worker's copy meets the shared parameters in every so many of its steps."""
+        return 1
 
     @property
     def vectors(self) -> tuple[Vector, ...]:
-        """The state vectors beside ``w``, in the order of their rows: the base's, then the modifier's."""
+        """The shared state vectors beside ``w``, in the order of their rows: the base's, then the rule's own."""
         return tuple(Vector(n) for n in BASE_VECTORS[self.base]) + self.modifier_vectors()
 
+    @property
+    def private_vectors(self) -> tuple[Vector, ...]:
+        """The vectors that each worker has for itself; the store keeps them in its ``Worker``. They are not saved."""
+        return ()
+
     def modifier_vectors(self) -> tuple[Vector, ...]:
-        """The state vectors that the modifier adds."""
+        """The shared state vectors that the rule adds to the base's."""
         return ()
 
     def group_options(self) -> dict[str, Any]:
         """The hyper-parameters that a parameter group may override, with this rule's values."""
         # Only Adam's bases have betas: OneCycleLR cycles the momentum of a group that has none.
         names = ("lr", "momentum", "alpha", "betas", "eps", "weight_decay")
-        adam = "exp_avg" in BASE_VECTORS[self.base]
-        return {n: getattr(self, n) for n in names if n != "betas" or adam}
+        return {n: getattr(self, n) for n in names if n != "betas" or self.base in ADAM_BASES}
 
     def check_options(self, group: Mapping[str, Any]) -> None:
         """Raise ``UsageError`` for a hyper-parameter of a group that is out of its range."""
@@ -141,6 +201,35 @@ class Rule:
         h[HYPER["beta1"]], h[HYPER["beta2"]] = group.get("betas", self.betas)
         return h
 
+    def plan_options(self) -> dict[str, int]:
+        """The whole-number settings of the kernel by name (see ``kernels.PLAN``); 0 for those not named."""
+        return {"base": BASES[self.base], "vectors": len(BASE_VECTORS[self.base])}
+
+    @cached_property
+    def plan(self) -> np.ndarray:
+        """``plan_options`` as the kernel reads them: int64, laid out by ``PLAN``."""
+        plan = np.zeros(len(PLAN), np.int64)
+        for name, value in self.plan_options().items():
+            plan[PLAN[name]] = value
+        return plan
+
+    def tune(self, hyper: np.ndarray, count: int, tau: int) -> np.ndarray:
+        """The hyper-parameter vector for one update: ``hyper`` itself, or a changed copy."""
+        return hyper
+
+    def arrive(self, notes: np.ndarray, first: bool, clock: int) -> int:
+        """What the shard notes when a gradient arrives: called once per push of a shard, under its lock.
+
+        Args:
+            notes: int64 (4,), the shard's, for the rule to write; 0 at the start.
+            first: whether it is the worker's first push of this shard.
+            clock: pushes of the worker before this one.
+
+        Returns:
+            ``arrival`` for ``update``.
+        """
+        return 1
+
     def update(
         self,
         state: np.ndarray,
@@ -152,6 +241,8 @@ class Rule:
         tau: int,
         *,
         threads: int = 1,
+        private: np.ndarray = NO_VECTORS,
+        arrival: int = 1,
     ) -> None:
         """Apply ``grad`` to the elements from ``start`` on, in place, and write the new ``w`` to ``out``.
 
@@ -161,33 +252,37 @@ class Rule:
             grad: float32 (m,).
             out: float32 (m,), on entry the parameters that the gradient was taken at, on return the new ones.
             hyper: what ``hyper()`` returned for the parameter group.
-            count: number of this update of the shard, from 1.
+            count: number of this update of the shard, from 1 (with ``own_copy``: of this worker).
             tau: staleness, updates applied to the shard since the caller read it.
             threads: threads to work on it.
+            private: float32 (private vectors, n), the worker's own.
+            arrival: what ``arrive`` returned; 0 for a step of a worker's own copy without the shared one.
         """
-        run_fused(
-            threads,
-            state,
-            start,
-            grad,
-            out,
-            BASES[self.base],
-            VARIANTS[self.variant],
-            False,
-            False,
-            len(BASE_VECTORS[self.base]),
-            hyper,
-            count,
-            tau,
-        )
+        args = (state, start, grad, out, private, self.plan, self.tune(hyper, count, tau), count, tau, arrival)
+        if threads > 1:
+            from hpcasync.kernels import team
+
+            team.update(threads, *args)
+        else:
+            fused_update(*args)
 
     def warm_up(self) -> None:
         """Load or compile the kernel now, so that no step pays for it."""
         state = np.zeros((1 + len(self.vectors), 1), np.float32)
-        self.update(state, 0, np.zeros(1, np.float32), state[0], self.hyper(self.group_options()), 1, 0)
+        private = np.zeros((len(self.private_vectors), 1), np.float32)
+        hyper = self.hyper(self.group_options())
+        self.update(state, 0, np.zeros(1, np.float32), state[0], hyper, 1, 0, private=private)
 
     def reference(
-        self, state: dict[str, np.ndarray], grad: np.ndarray, group: Mapping[str, Any], count: int, tau: int
+        self,
+        state: dict[str, np.ndarray],
+        grad: np.ndarray,
+        group: Mapping[str, Any],
+        count: int,
+        tau: int,
+        *,
+        own: dict[str, np.ndarray] | None = None,
+        arrival: int = 1,
     ) -> None:
         """The same update in plain numpy, straight from the formula: the oracle of the tests.
 
@@ -197,12 +292,32 @@ class Rule:
             group: hyper-parameters, as a parameter group holds them.
             count: number of this update, from 1.
             tau: staleness.
+            own: the worker's copy ``"w"`` and its private vectors, replaced too; None: it has just read ``state["w"]``.
+            arrival: as for ``update``.
         """
         from hpcasync.rules.reference import base_step
 
-        step, keep = base_step(self.base, state, grad, group, count)
+        own = {"w": state["w"]} if own is None else own
+        grad = self.reference_gradient(state, grad, group, count, own, arrival)
+        step, keep = base_step(self.base, state, grad, self.reference_group(group, count, tau), count)
         step = self.reference_modifier(state, step, group, tau)
-        state["w"] = keep * state["w"] + step
+        state["w"] = own["w"] = keep * state["w"] + step
+
+    def reference_group(self, group: Mapping[str, Any], count: int, tau: int) -> Mapping[str, Any]:
+        """``tune`` for the reference: the hyper-parameters of one update."""
+        return group
+
+    def reference_gradient(
+        self,
+        state: dict[str, np.ndarray],
+        grad: np.ndarray,
+        group: Mapping[str, Any],
+        count: int,
+        own: dict[str, np.ndarray],
+        arrival: int,
+    ) -> np.ndarray:
+        """The gradient stage in plain numpy: takes the worker's gradient, returns the one to apply."""
+        return grad
 
     def reference_modifier(
         self, state: dict[str, np.ndarray], step: np.ndarray, group: Mapping[str, Any], tau: int

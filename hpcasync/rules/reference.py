@@ -15,7 +15,8 @@ def base_step(
 ) -> tuple[np.ndarray, np.float32]:
     """The step ``d = -lr u`` of a base optimizer, and the factor that decoupled weight decay puts on ``w``.
 
-    Updates the base's vectors in ``state`` (float32). Source: torch.optim, the optimizers of the same names.
+    Updates the base's vectors in ``state`` (float32). Source: torch.optim, the optimizers of the same names; ema: torch's
+    SGD with dampening = momentum, but for its first step.
     """
     lr, decay, eps = f32(group["lr"]), group["weight_decay"], f32(group["eps"])
     keep = f32(1)
@@ -30,6 +31,10 @@ def base_step(
         mu = f32(group["momentum"])
         v = state["momentum_buffer"] = mu * state["momentum_buffer"] + g
         return -lr * (g + mu * v if base == "nesterov" else v), keep
+    if base == "ema":
+        mu = group["momentum"]
+        v = state["momentum_buffer"] = f32(mu) * state["momentum_buffer"] + f32(1 - mu) * g
+        return -lr * v, keep
     if base == "rmsprop":
         a = group["alpha"]
         s = state["square_avg"] = f32(a) * state["square_avg"] + f32(1 - a) * g * g

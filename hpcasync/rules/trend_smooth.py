@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hpcasync.errors import UsageError, unknown
-from hpcasync.kernels import BASES, HYPER, VARIANTS
-from hpcasync.rules.base import BASE_VECTORS, Rule, Vector, between, run_fused
+from hpcasync.kernels import HYPER, VARIANTS
+from hpcasync.rules.base import Rule, Vector, between, yes_or_no
 
 _MODIFIER_VECTORS = {
     "opposed": (Vector("trend"),),
@@ -61,8 +61,7 @@ class TrendSmooth(Rule):
     def __post_init__(self) -> None:
         if self.variant not in _MODIFIER_VECTORS:
             raise unknown("variant", str(self.variant), _MODIFIER_VECTORS)
-        if not isinstance(self.masked, bool):
-            raise UsageError(f"masked={self.masked!r}: expected True or False")
+        yes_or_no("masked", self.masked)
         super().__post_init__()
 
     def modifier_vectors(self) -> tuple[Vector, ...]:
@@ -92,33 +91,8 @@ class TrendSmooth(Rule):
             h[HYPER[name]] = group[name]
         return h
 
-    def update(
-        self,
-        state: np.ndarray,
-        start: int,
-        grad: np.ndarray,
-        out: np.ndarray,
-        hyper: np.ndarray,
-        count: int,
-        tau: int,
-        *,
-        threads: int = 1,
-    ) -> None:
-        run_fused(
-            threads,
-            state,
-            start,
-            grad,
-            out,
-            BASES[self.base],
-            VARIANTS[self.variant],
-            self.masked,
-            hyper[HYPER["shrink"]] < 0,
-            len(BASE_VECTORS[self.base]),
-            hyper,
-            count,
-            tau,
-        )
+    def plan_options(self) -> dict[str, int]:
+        return super().plan_options() | {"variant": VARIANTS[self.variant], "masked": int(self.masked)}
 
     def reference_modifier(
         self, state: dict[str, np.ndarray], step: np.ndarray, group: Mapping[str, Any], tau: int

@@ -16,11 +16,15 @@ import numpy as np
 
 from hpcasync.backoff import Backoff
 from hpcasync.rules import Rule
+from hpcasync.rules.base import NO_VECTORS
 from hpcasync.stats import Staleness
 from hpcasync.store.layout import Layout, Shard
 
 IDLE = np.iinfo(np.int64).max
 """Clock of a worker that the others need not wait for."""
+
+NOTES = 4
+"""int64 words per shard that are the rule's to write."""
 
 Observer = Callable[[int, int, int], None]
 """Told ``(shard, version read, version written)`` of every push, under the shard's lock: records and replay hang here."""
@@ -32,13 +36,20 @@ class Worker:
     Attributes:
         index: the worker's number, 0 .. workers-1.
         read: int64 (shards,), the version of each shard that this worker last read.
+        pushed: bool (shards,), the shards that this worker has pushed.
+        steps: calls of ``push_pull`` by this worker.
+        private: float32 (private vectors of the rule, elements), its own vectors.
         staleness: histogram over all pushes of shards.
         waited: seconds spent waiting for locks and for slower workers.
     """
 
-    def __init__(self, index: int, shards: int, workers: int) -> None:
+    def __init__(self, index: int, shards: int, workers: int, private: np.ndarray | None = None) -> None:
         self.index = index
         self.read = np.zeros(shards, np.int64)
+        self.pushed = np.zeros(shards, bool)
+        self.steps = 0
+        self.private = NO_VECTORS if private is None else private
+        self.refused: float | None = None  # since when it has been waiting for its turn
         self.staleness = Staleness()
         self.waited = 0.0
         self.observer: Observer | None = None
@@ -57,12 +68,14 @@ class Store:
 
     Args:
         layout: where each parameter lies.
-        rule: what a gradient does.
+        rule: what a gradient does, bound to the number of workers.
         workers: number of workers that push.
         state: float32 (1 + vectors, layout.total), row 0 is ``w``.
         versions: int64 (shards,), updates applied to each shard.
         writers: int64 (shards,), the last worker that wrote each shard, -1 before.
         clocks: int64 (workers,), pushes of each worker, ``IDLE`` for one that nobody needs to wait for.
+        excused: int64 (workers,), a worker's turns before this number are not waited for; written by the others.
+        notes: int64 (shards, NOTES), the rule's own counts per shard.
         threads: threads that work on a shard together.
     """
 
@@ -76,6 +89,8 @@ class Store:
         versions: np.ndarray,
         writers: np.ndarray,
         clocks: np.ndarray,
+        excused: np.ndarray,
+        notes: np.ndarray,
         threads: int = 1,
     ) -> None:
         self.layout = layout
@@ -85,6 +100,8 @@ class Store:
         self.versions = versions
         self.writers = writers
         self.clocks = clocks
+        self.excused = excused
+        self.notes = notes
         self._threads = threads
 
     # What a subclass defines.
@@ -101,20 +118,38 @@ class Store:
 
     def worker(self, index: int) -> Worker:
         """A view of the store for worker ``index``, which has read nothing yet."""
-        return Worker(index, len(self.layout.shards), self.workers)
+        worker = Worker(index, len(self.layout.shards), self.workers)
+        self.restart(worker)
+        return worker
 
     def start_state(self, w: np.ndarray) -> None:
-        """Set ``w`` and the rule's vectors to their start, all versions to 0. Nobody may push meanwhile."""
+        """Set ``w`` and the rule's vectors to their start, all versions to 0. Nobody may push meanwhile.
+
+        A worker that has pushed before needs a ``restart``.
+        """
         self.state[0] = w
         for row, vector in enumerate(self.rule.vectors, start=1):
             self.state[row] = vector.start
         self.versions[:] = 0
         self.writers[:] = -1
+        self.notes[:] = 0
+
+    def restart(self, worker: Worker) -> None:
+        """Set a worker's own vectors to their start, as if it had never pushed."""
+        vectors = self.rule.private_vectors
+        worker.private = np.empty((len(vectors), self.layout.total), np.float32) if vectors else NO_VECTORS
+        for row, vector in enumerate(vectors):
+            worker.private[row] = vector.start
+        worker.pushed[:] = False
+        worker.steps = 0
 
     def push_pull(
         self, worker: Worker, grads: Sequence[np.ndarray | None], out: np.ndarray, hypers: Sequence[np.ndarray]
     ) -> None:
         """Apply a gradient and read the new parameters, shard by shard; each shard is one atomic update.
+
+        With a rule of ``own_copy`` it is a step of the worker's own copy ``out``, which touches the shared parameters only
+        in every ``rule.every``-th call. With a rule ``in_turn`` it must be the worker's turn, see ``may_push``.
 
         Args:
             worker: who pushes.
@@ -122,26 +157,52 @@ class Store:
             out: float32 (layout.total,), the worker's own copy of ``w``: on entry what it last read.
             hypers: per parameter what ``rule.hyper`` gave for its group.
         """
+        if worker.steps % self.rule.every:
+            self._step_alone(worker, grads, out, hypers)
+        else:
+            self._push_shards(worker, grads, out, hypers)
+        worker.steps += 1
+        i = worker.index
+        if self.clocks[i] != IDLE:
+            self.clocks[i] = max(self.clocks[i], self.excused[i]) + 1
 
+    def _push_shards(
+        self, worker: Worker, grads: Sequence[np.ndarray | None], out: np.ndarray, hypers: Sequence[np.ndarray]
+    ) -> None:
         taus = np.full(len(self.layout.shards), -1, np.int64)
+        rule, keeps = self.rule, self.rule.own_copy
+        clock = max(int(self.clocks[worker.index]), int(self.excused[worker.index]))
 
         def apply(k: int, shard: Shard) -> None:
             version, read = int(self.versions[k]), int(worker.read[k])
             if not any([grads[p.param] is not None for p in shard.pieces]):
-                np.copyto(out[shard.start : shard.stop], self.state[0, shard.start : shard.stop])
+                if not keeps:
+                    np.copyto(out[shard.start : shard.stop], self.state[0, shard.start : shard.stop])
                 worker.read[k] = version
                 return
             tau = version - read
+            arrival = rule.arrive(self.notes[k], not worker.pushed[k], clock)
+            count = worker.steps + 1 if keeps else version + 1
             for p in shard.pieces:
                 part = out[p.start : p.start + p.size]
                 grad = grads[p.param]
                 if grad is None:
-                    np.copyto(part, self.state[0, p.start : p.start + p.size])
+                    if not keeps:
+                        np.copyto(part, self.state[0, p.start : p.start + p.size])
                 else:
-                    piece = grad[p.offset : p.offset + p.size]
-                    self.rule.update(
-                        self.state, p.start, piece, part, hypers[p.param], version + 1, tau, threads=self._threads
+                    rule.update(
+                        self.state,
+                        p.start,
+                        grad[p.offset : p.offset + p.size],
+                        part,
+                        hypers[p.param],
+                        count,
+                        tau,
+                        threads=self._threads,
+                        private=worker.private,
+                        arrival=arrival,
                     )
+            worker.pushed[k] = True
             self.versions[k] = worker.read[k] = version + 1
             self.writers[k] = worker.index
             taus[k] = tau
@@ -152,11 +213,23 @@ class Store:
         for tau in taus.tolist():
             if tau >= 0:
                 worker.staleness.add(tau)
-        if self.clocks[worker.index] != IDLE:
-            self.clocks[worker.index] += 1
+
+    def _step_alone(
+        self, worker: Worker, grads: Sequence[np.ndarray | None], out: np.ndarray, hypers: Sequence[np.ndarray]
+    ) -> None:
+        """A step of the worker's own copy: nothing shared is read or written, so no lock, version or staleness."""
+        threads, private = self._threads, worker.private
+        for start, size, grad, hyper in zip(self.layout.starts, self.layout.sizes, grads, hypers, strict=True):
+            if grad is not None:
+                part = out[start : start + size]
+                count = worker.steps + 1
+                self.rule.update(self.state, start, grad, part, hyper, count, 0, threads=threads, private=private, arrival=0)
 
     def pull(self, worker: Worker, out: np.ndarray) -> None:
-        """Read all parameters into ``out``; each shard is of one version."""
+        """Read all shared parameters into ``out``; each shard is of one version.
+
+        With a rule of ``own_copy`` this replaces the worker's own copy by the centre.
+        """
 
         def copy(k: int, shard: Shard) -> None:
             np.copyto(out[shard.start : shard.stop], self.state[0, shard.start : shard.stop])
@@ -165,9 +238,13 @@ class Store:
         self._over_shards(worker, copy)
 
     def _over_shards(self, worker: Worker, work: Callable[[int, Shard], None]) -> None:
-        """Run ``work`` under the lock of every shard, each once, taking free shards first."""
+        """Run ``work`` under the lock of every shard, each once, taking free shards first; a lock-free rule takes none."""
         count = len(self.layout.shards)
         todo = deque((worker.first + i) % count for i in range(count))
+        if self.rule.lock_free:
+            for k in todo:
+                work(k, self.layout.shards[k])
+            return
         backoff = Backoff()
         misses = 0
         while todo:
@@ -185,11 +262,67 @@ class Store:
                 worker.waited += backoff.pause()
                 misses = 0
 
+    # Rounds (rules in turn): a worker's number of turns is its clock, or what others have excused it to.
+
+    def may_push(self, worker: Worker) -> bool:
+        """Whether it is the worker's turn: no other worker has had fewer turns. Always, unless the rule is ``in_turn``.
+
+        All workers of a round may push at the same time. Once given, the turn stays until the push.
+        """
+        if not self.rule.in_turn:
+            return True
+        turns = np.maximum(self.clocks, self.excused)
+        return bool(turns[worker.index] <= turns.min())
+
+    def excuse(self, worker: Worker) -> None:
+        """Let the round turn without the workers that ``worker`` waits for; a late one's gradient joins a later round."""
+        mine = max(int(self.clocks[worker.index]), int(self.excused[worker.index]))
+        # Two may write here at once. Then the older round may stay, and the wait is only longer: the next one excuses again.
+        for i in np.flatnonzero(np.maximum(self.clocks, self.excused) < mine).tolist():
+            self.excused[i] = mine
+
+    def take_turn(
+        self,
+        worker: Worker,
+        *,
+        hold: bool,
+        patience: float,
+        stalled: StalledCallback | None = None,
+        every: float = 30.0,
+    ) -> bool:
+        """Wait for the worker's turn; at most ``patience`` seconds, then the round turns without the slower workers.
+
+        Args:
+            worker: who wants to push.
+            hold: wait; otherwise only ask.
+            patience: seconds since the worker was first refused.
+            stalled: called every ``every`` seconds of waiting.
+
+        Returns:
+            Whether it is its turn; always with ``hold``.
+        """
+        backoff = Backoff()
+        told = time.perf_counter()
+        while not self.may_push(worker):
+            now = time.perf_counter()
+            if worker.refused is None:
+                worker.refused = now
+            if now - worker.refused > patience:
+                self.excuse(worker)
+                continue
+            if not hold:
+                return False
+            worker.waited += backoff.pause()
+            if stalled is not None and now - told > every:
+                told = now
+                turns = np.maximum(self.clocks, self.excused)
+                stalled(now - worker.refused, np.flatnonzero(turns < turns[worker.index]).tolist())
+        worker.refused = None
+        return True
+
     # Bounded staleness.
 
-    def gate(
-        self, worker: Worker, bound: int, stalled: StalledCallback | None = None, every: float = 30.0
-    ) -> bool:
+    def gate(self, worker: Worker, bound: int, stalled: StalledCallback | None = None, every: float = 30.0) -> bool:
         """Wait while this worker is more than ``bound`` pushes ahead of the slowest (stale synchronous parallel).
 
         Args:

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 from hpcasync.rules import Rule
-from hpcasync.store.base import Store
+from hpcasync.store.base import NOTES, Store
 from hpcasync.store.layout import Layout
 
 
@@ -23,6 +23,7 @@ class LocalStore(Store):
 
     def __init__(self, layout: Layout, rule: Rule, *, workers: int = 1, threads: int = 1) -> None:
         shards = len(layout.shards)
+        rule = rule.bind(workers)
         super().__init__(
             layout,
             rule,
@@ -31,6 +32,8 @@ class LocalStore(Store):
             versions=np.zeros(shards, np.int64),
             writers=np.full(shards, -1, np.int64),
             clocks=np.zeros(workers, np.int64),
+            excused=np.zeros(workers, np.int64),
+            notes=np.zeros((shards, NOTES), np.int64),
             threads=threads,
         )
         self._locks = [threading.Lock() for _ in range(shards)]

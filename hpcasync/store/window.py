@@ -11,14 +11,14 @@ from hpcasync.comm.agree import raise_together
 from hpcasync.comm.world import World
 from hpcasync.errors import UsageError
 from hpcasync.rules import Rule
-from hpcasync.store.base import Store
+from hpcasync.store.base import NOTES, Store
 from hpcasync.store.layout import Layout
 
 LINE = 8
 """int64 words per cache line: each shard and each rank has a line of its own."""
 
-LOCK, VERSION, WRITER = 0, 1, 2  # words of a shard's line
-CLOCK = 0  # word of a rank's line
+LOCK, VERSION, WRITER, NOTE = 0, 1, 2, 3  # words of a shard's line; the notes go to its end
+CLOCK, EXCUSED = 0, 1  # words of a rank's line
 
 
 class WindowStore(Store):
@@ -48,6 +48,7 @@ class WindowStore(Store):
             )
         self._world = world
         self._open = True
+        rule = rule.bind(world.size)
         shards, rows = len(layout.shards), 1 + len(rule.vectors)
         need = 4 * rows * layout.total + 8 * LINE * (shards + world.size)
         problem = _shared_memory_problem(need) if world.local_rank == 0 else None
@@ -74,6 +75,8 @@ class WindowStore(Store):
             versions=words[:shards, VERSION],
             writers=words[:shards, WRITER],
             clocks=words[shards:, CLOCK],
+            excused=words[shards:, EXCUSED],
+            notes=words[:shards, NOTE : NOTE + NOTES],
             threads=threads,
         )
         self.barrier()
@@ -110,7 +113,7 @@ class WindowStore(Store):
         self.barrier()
         empty = np.empty(0, np.int64)
         self.state = np.empty((1 + len(self.rule.vectors), 0), np.float32)
-        self.versions = self.writers = self.clocks = empty
+        self.versions = self.writers = self.clocks = self.excused = self.notes = empty
         for window in (self._data, self._control):
             window.Unlock_all()
             window.Free()

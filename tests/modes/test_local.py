@@ -14,6 +14,7 @@ from hpcasync.errors import UsageError
 from hpcasync.kernels import BASES
 from hpcasync.modes import Async, KStep, Sync
 from hpcasync.modes.local import RuleOptimizer, torch_optimizer
+from hpcasync.rules.base import OPTION_BASES
 from tests.modes.toys import flat, mlp, train
 
 ONE = World()
@@ -67,11 +68,11 @@ def test_the_model_may_change_between_steps() -> None:
         assert (model.weight == 4).all()
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", [b for b in BASES if b != "ema"])  # which torch does not have
 def test_plain_rule_maps_to_the_torch_optimizer(base: str) -> None:
-    rule = rules.ASGD(
-        base=base, lr=0.02, momentum=0.7, alpha=0.8, betas=(0.7, 0.9), eps=1e-4, weight_decay=0.05
-    )
+    given = {"momentum": 0.7, "alpha": 0.8, "betas": (0.7, 0.9), "eps": 1e-4}
+    used = {k: v for k, v in given.items() if base in OPTION_BASES[k]}
+    rule = rules.ASGD(base=base, lr=0.02, weight_decay=0.05, **used)
     a, b = mlp(), mlp()
     opt = torch_optimizer(rule, a)
     assert not isinstance(opt, RuleOptimizer)
@@ -85,6 +86,9 @@ def test_torch_optimizer_of_other_rules_and_bad_ones() -> None:
     assert isinstance(torch_optimizer(trend(), mlp()), RuleOptimizer)
     with pytest.raises(UsageError, match="nesterov with momentum 0"):
         torch_optimizer(rules.ASGD(base="nesterov", momentum=0.0), mlp())
+    assert isinstance(torch_optimizer(rules.ASGD(base="ema"), mlp()), RuleOptimizer)
+    with pytest.raises(UsageError, match=r"'easgd' is about workers.*mode async"):
+        torch_optimizer(rules.EASGD(), mlp())
     with pytest.raises(UsageError, match="float64"):
         RuleOptimizer(mlp().double(), trend())
     with pytest.raises(UsageError, match="lr=-1"):

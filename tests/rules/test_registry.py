@@ -27,9 +27,15 @@ def test_tables_cover_each_other() -> None:
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("base", BASES)
 def test_every_rule_takes_every_base(name: str, base: str) -> None:
+    if base not in RULES[name].bases:
+        with pytest.raises(UsageError, match=f"rule '{name}' has base amsgrad, found '{base}'"):
+            make_rule(name, {"base": base})
+        return
     rule = make_rule(name, {"base": base, "lr": None})
     assert rule.lr == DEFAULT_LR[base]
-    assert [v.name for v in rule.vectors][: len(BASE_VECTORS[base])] == list(BASE_VECTORS[base])
+    vectors = rule.private_vectors if rule.own_copy else rule.vectors
+    assert [v.name for v in vectors][: len(BASE_VECTORS[base])] == list(BASE_VECTORS[base])
+    assert rule.bind(3) == rule and rule.bind(3).workers == 3 and rule.workers == 1
     assert rule.describe()["name"] == RULES[name].name and rule.describe()["base"] == base
     assert pickle.loads(pickle.dumps(rule)) == rule
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -39,7 +45,7 @@ def test_every_rule_takes_every_base(name: str, base: str) -> None:
 def test_options_and_defaults() -> None:
     assert options_of("asgd")["base"] == "sgd" and "variant" not in options_of("asgd")
     assert options_of("trend-smooth")["variant"] == "consistency"
-    rule = make_rule("trend-smooth", {"beta": 0.5, "betas": [0.8, 0.9], "floor": None})
+    rule = make_rule("trend-smooth", {"base": "adam", "beta": 0.5, "betas": [0.8, 0.9], "floor": None})
     assert (rule.beta, rule.betas, rule.floor) == (0.5, (0.8, 0.9), options_of("trend-smooth")["floor"])  # type: ignore[attr-defined]
 
 
@@ -69,7 +75,7 @@ def test_unknown_names_suggest_the_nearest(call: Any, hint: str) -> None:
 def test_far_off_names_list_what_there_is() -> None:
     with pytest.raises(UsageError) as error:
         make_rule("xyzzy")
-    assert str(error.value) == "unknown rule 'xyzzy'. Known: asgd, plain, trend-smooth."
+    assert str(error.value).startswith("unknown rule 'xyzzy'. Known: apam, asgd, dc-asgd, ")
 
 
 def test_option_of_another_rule() -> None:
@@ -108,11 +114,68 @@ def test_bad_option(name: str, value: Any, says: str) -> None:
 
 @pytest.mark.parametrize("value", [0, 0.5, 0.999])
 def test_ends_of_ranges_are_allowed(value: float) -> None:
-    make_rule(
-        "trend-smooth",
-        {"momentum": value, "alpha": value, "betas": (value, value), "beta": value, "eps": 0},
-    )
+    for base, options in (
+        ("nesterov", {"momentum": value}),
+        ("rmsprop", {"alpha": value, "eps": 0}),
+        ("adam", {"betas": (value, value), "eps": 0}),
+    ):
+        make_rule("trend-smooth", {"base": base, "beta": value, **options})
     make_rule("trend-smooth", {"floor": 1, "shrink": 1, "down": 1, "up": 1, "weight_decay": 0})
+
+
+@pytest.mark.parametrize(
+    "base, name, value, belongs",
+    [
+        ("sgd", "momentum", 0.5, "momentum, nesterov, ema"),
+        ("adam", "momentum", 0.0, "momentum, nesterov, ema"),
+        ("momentum", "betas", (0.9, 0.99), "adam, adamw, amsgrad"),
+        ("adam", "alpha", 0.9, "rmsprop"),
+        ("sgd", "eps", 1e-6, "rmsprop, adam"),
+    ],
+)
+def test_an_option_that_the_base_does_not_use(base: str, name: str, value: Any, belongs: str) -> None:
+    with pytest.raises(UsageError, match=f"{name}=.*base '{base}' does not use it.*{belongs}"):
+        make_rule("asgd", {"base": base, name: value})
+    defaults = {k: v for k, v in options_of("asgd").items() if k != "base"}
+    make_rule("asgd", {"base": base, **defaults})  # as a configuration file has them
+
+
+BAD_OPTIONS = [
+    ("dc-asgd", {"compensation": -1}, "compensation=-1"), ("dc-asgd", {"adaptive": 1}, "adaptive=1: expected True"),
+    ("dc-asgd", {"square_decay": 1.0}, r"square_decay=1.0.*\[0, 1\)"), ("dc-asgd", {"square_eps": 0}, "square_eps=0"),
+    ("apam", {"style": "codes"}, "did you mean 'code'"), ("apam", {"bias_correction": "no"}, "bias_correction='no'"),
+    ("apam", {"step_size": "sqr"}, "did you mean 'sqrt'"), ("apam", {"low": "x"}, "low='x'"),
+    ("apam", {"low": 1.0, "high": 1.0}, "low < high"), ("apam", {"high": math.nan}, "high=nan"),
+    ("apam", {"base": "adam"}, "'apam' has base amsgrad, found 'adam'"), ("apam", {"eps": -1}, "eps=-1"),
+    ("apam", {"momentum": 0.5}, "does not use it"),
+    ("easgd", {"period": 0}, "period=0: expected a whole number >= 1"), ("easgd", {"period": 2.0}, "period=2.0"),
+    ("eamsgd", {"moving_rate": 0}, r"moving_rate=0.*\(0, 1\]"), ("easgd", {"moving_rate": 1.5}, "moving_rate=1.5"),
+    ("gsgm", {"average": "windows"}, "did you mean 'window'"), ("gsgm", {"out_of_turn": "drop"}, "'drop'.*discard, hold"),
+    ("gsgm", {"window": 0}, "window=0"), ("gsgm", {"window": 2, "average": "round"}, "belongs to average='window'"),
+    ("gsgm", {"patience": 0}, "patience=0"), ("gsgm", {"patience": math.inf}, "patience=inf"),
+    ("hogwild", {"momentum": 0.5}, "does not use it"), ("staleness-aware", {"floor": 0.1}, "no option 'floor'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, options, says", BAD_OPTIONS, ids=str)
+def test_bad_option_of_each_rule(name: str, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        make_rule(name, options)
+
+
+def test_bad_window_for_the_workers() -> None:
+    with pytest.raises(UsageError, match="window=5: expected at most the number of workers, 4"):
+        make_rule("gsgm", {"window": 5}).bind(4)
+
+
+def test_described_options_make_the_same_rule() -> None:
+    for name in RULES:
+        rule = make_rule(name)
+        options = {k: v for k, v in rule.describe().items() if k != "name"}
+        assert make_rule(name, options) == rule
+    adaptive = make_rule("dc-asgd", {"adaptive": True})
+    assert adaptive.describe()["compensation"] == 2 and make_rule("dc-asgd").describe()["compensation"] == 0.04
+    assert make_rule("apam", {"style": "paper"}).describe()["eps"] == 0
 
 
 def test_reference_of_the_base_class_applies_the_step() -> None:
