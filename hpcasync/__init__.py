@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from hpcasync import data, models, rules
     from hpcasync.comm import World, init
     from hpcasync.errors import UsageError
-    from hpcasync.modes import Async, KStep, Sync
+    from hpcasync.modes import Async, Guided, KStep, Sync
 
 _HOMES = {
     "Async": "hpcasync.modes",
+    "Guided": "hpcasync.modes",
     "KStep": "hpcasync.modes",
     "Sync": "hpcasync.modes",
     "UsageError": "hpcasync.errors",
@@ -26,7 +27,7 @@ _HOMES = {
 }
 _MODULES = ("data", "models", "rules")
 
-__all__ = ["Async", "KStep", "Sync", "UsageError", "World", "data", "init", "models", "rules"]
+__all__ = ["Async", "Guided", "KStep", "Sync", "UsageError", "World", "data", "init", "models", "rules"]
 
 
 def __getattr__(name: str) -> Any:

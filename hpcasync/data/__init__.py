@@ -27,6 +27,7 @@ from hpcasync.data.partition_labels import make_partition
 from hpcasync.data.public import known
 from hpcasync.data.resolve import resolve
 from hpcasync.data.sampler import ShardSampler
+from hpcasync.data.verification import verification_batch
 from hpcasync.data.write import write_dataset
 
 __all__ = [
@@ -46,5 +47,6 @@ __all__ = [
     "resolve",
     "save_partition",
     "shard",
+    "verification_batch",
     "write_dataset",
 ]

@@ -38,7 +38,7 @@ class Option:
     modes: tuple[str, ...] = ()
 
 
-_ASYNC, _KSTEP = ("async",), ("kstep",)
+_ASYNC, _KSTEP, _GUIDED = ("async",), ("kstep",), ("async", "sync")
 
 OPTIONS = (
     Option("data", str, "digits", "name of a data set or path of an imported HDF5 file"),
@@ -50,7 +50,9 @@ OPTIONS = (
     Option("partition", str, "iid", "samples of a rank: iid, shards:C (C classes), dirichlet:ALPHA, natural, file:PATH"),
     Option("seed", int, 0, "of the model's start, the order of the data, and dropout"),
     Option("schedule", str, "constant", "learning rate over the run: constant, or cosine (to zero)"),
-    Option("staleness", int, None, "a rank further ahead of the slowest, in pushes, waits (default: never)", _ASYNC),
+    Option(
+        "staleness", int, None, "a rank further ahead of the slowest, in pushes, waits (default: never; apam 16)", _ASYNC
+    ),
     Option("preset", str, None, "k-avg, m-avg, post-local, bmuf, slowmo or diloco: settings of the options below", _KSTEP),
     Option("every", "whole-or-schedule", 32, "K, local steps per average, or a schedule such as 1:100,8:500,32", _KSTEP),
     Option("block_momentum", float, 0.0, "momentum of the block step, in [0, 1)", _KSTEP),
@@ -58,6 +60,9 @@ OPTIONS = (
     Option("block_lr", float, 1.0, "learning rate of the block step", _KSTEP),
     Option("warm_start", int, 0, "so many first steps average after each step", _KSTEP),
     Option("inner_state", str, "keep", "state of the local optimizer at an average: keep, average, reset", _KSTEP),
+    Option("guided", bool, False, "guided SGD: replay the most consistent of the last rho batches", _GUIDED),
+    Option("rho", int, 10, "batches that guided SGD remembers, from 2", _GUIDED),
+    Option("verification", int, None, "training samples that guided SGD verifies with (default: a tenth, at most 100)", _GUIDED),
     Option("on_nonfinite", str, "skip", "NaN or infinity in a gradient: skip or abort"),
     Option("eval_every", int, 1, "evaluate after so many epochs, and after the last"),
     Option("device", str, "auto", "auto, cpu, cuda or cuda:N"),
@@ -119,6 +124,9 @@ class TrainConfig:
     block_lr: float = 1.0
     warm_start: int = 0
     inner_state: str = "keep"
+    guided: bool = False
+    rho: int = 10
+    verification: int | None = None
     on_nonfinite: str = "skip"
     eval_every: int = 1
     device: str = "auto"
@@ -131,6 +139,7 @@ class TrainConfig:
         """The configuration as the flat keys of a file, without those of other modes and those not set."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
         foreign = {o.name for o in OPTIONS if o.modes and self.mode not in o.modes}
+        foreign |= set() if self.guided else {"guided", "rho", "verification"}
         flat = {k: v for k, v in flat.items() if k not in foreign} | self.options
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
 
@@ -167,9 +176,12 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
             raise UsageError(f"--{key.replace('_', '-')} belongs to mode {', '.join(modes)}; the mode is {mode}")
     for key, least in (("epochs", 1), ("batch", 1), ("seed", 0), ("staleness", 0)):
         _at_least(keys, key, least)
-    for key, least in (("warm_start", 0), ("eval_every", 1), ("threads", 1)):
+    for key, least in (("warm_start", 0), ("eval_every", 1), ("threads", 1), ("rho", 2), ("verification", 1)):
         _at_least(keys, key, least)
     parse_every(keys.get("every", 1), "--every")
+    for key in ("rho", "verification"):
+        if key in keys and not keys.get("guided"):
+            raise UsageError(f"--{key} belongs to guided SGD; give --guided too, or leave it out")
     if "preset" in keys:
         keys = _with_preset(keys, workers or _ranks)
     rule_names = {o.name for o in rule_options()}

@@ -14,9 +14,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from hpcasync import models
 from hpcasync.comm import World, agree, init, raise_together
-from hpcasync.data import Dataset, Loader, loader, open_dataset
+from hpcasync.data import Dataset, Loader, loader, open_dataset, verification_batch
 from hpcasync.errors import UsageError
-from hpcasync.modes import Async, KStep, Mode, Sync
+from hpcasync.modes import Async, Guided, KStep, Mode, Sync
 from hpcasync.modes.local import torch_optimizer
 from hpcasync.rules import make_rule
 from hpcasync.stats import Staleness
@@ -50,15 +50,18 @@ def train(config: TrainConfig) -> Outcome:
     world = init(device=config.device, threads=config.threads)
     agree(world, {"the configuration": config.keys()})
     dataset, batches, model = _together(world, lambda: _prepare(config, world))
+    verification = _together(world, lambda: _verification(config, dataset, world))
     folder = _together(world, lambda: RunFolder(config) if world.rank == 0 else None)
     torch.manual_seed(config.seed + 1 + world.rank)  # dropout and the like differ between ranks
     mode = make_mode(config, model, world)
     with Progress(config.epochs, len(batches), shown=world.rank == 0) as progress:
-        run = _Run(config, world, dataset, batches, model, mode, progress, folder)
+        run = _Run(config, world, dataset, batches, model, mode, progress, folder, verification)
         run.epochs()
     mode.close()
     ranks = world.gather(_rank_record(mode, run.samples))
     result = _result(config, world, ranks, run)
+    if run.guided is not None:
+        result["guided"] = _guided_record(run.guided, world)
     _together(world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None)
     path = Path(world.gather(str(folder.path) if folder is not None else "")[0])
     return Outcome(result, ranks, path)
@@ -100,11 +103,16 @@ class _Run:
         mode: Mode,
         progress: Progress,
         folder: RunFolder | None,
+        verification: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
         self.config, self.world, self.dataset, self.batches = config, world, dataset, batches
         self.model, self.mode, self.progress, self.folder = model, mode, progress, folder
         steps = config.epochs * len(batches)
         self.schedule = CosineAnnealingLR(mode, steps) if config.schedule == "cosine" else None
+        self.guided = None
+        if verification is not None:
+            assert isinstance(mode, (Async, Sync))
+            self.guided = Guided(mode, self._loss, verification, rho=config.rho)
         self.samples = 0
         self.row: dict[str, float] = {}
 
@@ -124,10 +132,14 @@ class _Run:
         loss_sum, seen = 0.0, 0
         self.mode.share.start()
         for step, (x, y) in enumerate(self.batches, start=1):
-            self.mode.zero_grad()
-            loss = F.cross_entropy(self.model(x.to(device)), y.to(device))
-            loss.backward()
-            self.mode.step()
+            batch = x.to(device), y.to(device)
+            if self.guided is not None:
+                loss = self.guided.step(batch)
+            else:
+                self.mode.zero_grad()
+                loss = self._loss(batch)
+                loss.backward()
+                self.mode.step()
             if self.schedule is not None:
                 self.schedule.step()
             value = loss.item()
@@ -136,6 +148,9 @@ class _Run:
             self.progress.step(epoch, step, value)
         self.samples += seen
         return np.array([loss_sum, seen])
+
+    def _loss(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return F.cross_entropy(self.model(batch[0]), batch[1])
 
     def _evaluate(self, epoch: int, loss: np.ndarray) -> None:
         world = self.world
@@ -164,6 +179,21 @@ def _prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Mod
     torch.manual_seed(config.seed)
     model = models.build(config.model, dataset.shape, dataset.classes).to(world.device)
     return dataset, batches, model.train()
+
+
+def _verification(config: TrainConfig, dataset: Dataset, world: World) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not config.guided:
+        return None
+    x, y = verification_batch(dataset, config.verification, config.seed)
+    return x.to(world.device), y.to(world.device)
+
+
+def _guided_record(guided: Guided, world: World) -> dict[str, int]:
+    """What guidance cost over all ranks, beside the ordinary steps; replays of `Sync` are updates that all share."""
+    own = (guided.evaluations, guided.gradients, guided.replays)
+    evaluations, gradients, replays = (sum(column) for column in zip(*world.gather(own)))
+    shared = guided.replays if isinstance(guided.mode, Sync) else replays
+    return {"rho": guided.rho or 0, "evaluations": evaluations, "gradients": gradients, "replays": shared}
 
 
 def _together(world: World, work: Any) -> Any:
