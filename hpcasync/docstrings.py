@@ -61,4 +61,4 @@ def _text(thing: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.replace("``", "").split()).rstrip(".")
+    return " ".join(text.replace("`", "").split()).rstrip(".")

@@ -79,10 +79,10 @@ def _rules() -> list[Entry]:
 
 
 def _modes() -> list[Entry]:
-    from hpcasync.modes import MODES
+    from hpcasync.modes import MODES, Guided
 
     entries = []
-    for name, mode in MODES.items():
+    for name, mode in {**MODES, "guided": Guided}.items():  # guided is a flag of the two modes that it wraps
         parameters = inspect.signature(mode).parameters
         options = {
             n: (parameters[n].default, text)
@@ -148,7 +148,8 @@ def _print_one(entry: Entry) -> None:
 
     out = console()
     out.print(f"{entry.kind} {entry.name}: {entry.line}.", highlight=False, markup=False)
-    for words in dict.fromkeys(filter(None, (entry.paper, entry.notes))):
+    sources = [entry.notes] if entry.notes.startswith(entry.paper) else [entry.paper, entry.notes]
+    for words in filter(None, sources):
         out.print(f"Source: {words}.", highlight=False, markup=False)
     if not entry.options:
         return

@@ -24,7 +24,7 @@ def test_everything_is_there_with_one_line() -> None:
         names.setdefault(entry.kind, []).append(entry.name)
         assert 5 < len(entry.line) < 300 and "\n" not in entry.line, entry
     assert names["rule"] == list(RULES)
-    assert names["mode"] == list(MODES)
+    assert names["mode"] == [*MODES, "guided"]
     assert names["preset"] == list(PRESETS)
     assert names["model"] == list(models())
     assert names["data set"] == list(data_sets())
