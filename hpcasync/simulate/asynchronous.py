@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from hpcasync.data import Dataset
+from hpcasync.errors import UsageError
 from hpcasync.kernels import block_update
 from hpcasync.modes.interval import interval_at, parse_every
 from hpcasync.simulate.config import SimulateConfig
@@ -18,7 +19,7 @@ from hpcasync.simulate.simulation import Simulation
 from hpcasync.simulate.worker import Phase, Virtual
 from hpcasync.store import IDLE
 
-_CHANGE, _ARRIVE = 0, 1  # of events at the same time, who comes and goes first; then by worker
+_CHANGE, _ARRIVE, _PATIENCE = 0, 1, 2  # of events at the same time, who comes and goes first; then by worker
 
 
 class Asynchronous(Simulation):
@@ -38,11 +39,12 @@ class Asynchronous(Simulation):
         self._transfer = 0.0 if alone else self.cluster.network.transfer(self.nbytes)
         self._service = 0.0 if alone else 4 * self.layout.total / self.cluster.service
         self._free = [np.zeros(len(self.layout.shards)) for _ in self.stores]
+        if alone and self.rule.own_copy:
+            raise UsageError(f"rule {self.rule.name!r} ties asynchronous workers to a shared centre; use mode async")
         given = config.staleness
-        self._bound = None if alone else getattr(self.rule, "default_staleness", None) if given is None else given
-        self._in_turn = bool(getattr(self.rule, "in_turn", False))
-        # With copies of their own, workers meet the shared parameters in every so many steps only.
-        self._meets = int(getattr(self.rule, "every", 1)) if getattr(self.rule, "own_copy", False) else 1
+        self._bound = None if alone else self.rule.default_staleness if given is None else given
+        self._discard = getattr(self.rule, "out_of_turn", "hold") == "discard"
+        self._patience = float(getattr(self.rule, "patience", np.inf))
         self._every = parse_every(config.every)
         self._held: list[Virtual] = []
         self._events: list[tuple[float, int, int, int, bool]] = []
@@ -68,11 +70,15 @@ class Asynchronous(Simulation):
                 return
             when, kind, index, life, joins = heapq.heappop(self._events)
             worker = self.workers[index]
-            if kind == _ARRIVE and life != worker.life:
+            if kind != _CHANGE and life != worker.life:
+                continue
+            if kind == _PATIENCE and (worker not in self._held or not self._impatient(worker, when)):
                 continue
             self.now = max(self.now, when)
             if kind == _ARRIVE:
                 self._arrive(worker)
+            elif kind == _PATIENCE:
+                pass  # _settle finds that its turn has come
             elif joins:
                 self._join(worker)
             else:
@@ -86,25 +92,49 @@ class Asynchronous(Simulation):
         """The copy is what the worker computes with from ``start`` on: its next push is determined."""
         worker.phase = Phase.BUSY
         worker.computing = worker.times.next()
-        there, back = self._transfer_at(worker.steps), self._transfer_at(worker.steps - 1)
+        there, back = self._transfer_at(worker, 0), self._transfer_at(worker, -1)
         worker.communicate += back
         when = start + back + worker.computing + there
         heapq.heappush(self._events, (when, _ARRIVE, worker.index, worker.life, False))
         self.gradients.request(worker.index, worker.batches[worker.step])
 
-    def _transfer_at(self, step: int) -> float:
-        """Seconds of a push or a pull in a worker's step number ``step``."""
-        return self._transfer if step < 0 or step % self._meets == 0 else 0.0
+    def _transfer_at(self, worker: Virtual, ahead: int) -> float:
+        """Seconds of a message after the worker's present step, or after the last (-1): own copies meet the centre rarely."""
+        step = worker.view.steps + ahead
+        return self._transfer if step < 0 or step % self.rule.every == 0 else 0.0
 
     def _arrive(self, worker: Virtual) -> None:
         worker.compute += worker.computing
-        worker.communicate += self._transfer_at(worker.steps)
-        store = self.stores[worker.group]
-        if self._in_turn and not store.may_push(worker.view):  # type: ignore[attr-defined]
+        worker.communicate += self._transfer_at(worker, 0)
+        if self._turn(worker):
+            worker.refused = None
+            self._push(worker)
+        elif self._discard:
+            self._drop(worker)
+        else:
             worker.phase = Phase.HELD
             self._held.append(worker)
-            return
-        self._push(worker)
+            heapq.heappush(self._events, (self.now + self._patience, _PATIENCE, worker.index, worker.life, False))
+
+    def _turn(self, worker: Virtual) -> bool:
+        """Whether the rule lets the worker push now; after ``patience`` seconds the round turns without the slower ones."""
+        store = self.stores[worker.group]
+        if store.may_push(worker.view):
+            return True
+        if worker.refused is None:
+            worker.refused = self.now
+        if self.now - worker.refused < self._patience:
+            return False
+        store.excuse(worker.view)
+        return True
+
+    def _drop(self, worker: Virtual) -> None:
+        """Throw a gradient away that came out of turn."""
+        gradient = self.gradients.take(worker.index)
+        self.took(worker, gradient)
+        self._reread(worker)
+        self._count(worker)
+        self._next(worker, self.now)
 
     def _push(self, worker: Virtual) -> None:
         """Apply the worker's gradient; it goes on, or waits for what it must wait for."""
@@ -116,16 +146,25 @@ class Asynchronous(Simulation):
             store.push_pull(worker.view, gradient.parts, worker.out, hypers)
             worker.updates += 1
         else:
-            store.pull(worker.view, worker.out)
-            if store.clocks[worker.view.index] != IDLE:
-                store.clocks[worker.view.index] += 1
+            self._reread(worker)
+            i = worker.view.index
+            if store.clocks[i] != IDLE:
+                store.clocks[i] = max(store.clocks[i], store.excused[i]) + 1
+        self._count(worker)
+        self._next(worker, done)
+
+    def _count(self, worker: Virtual) -> None:
         worker.steps += 1
         worker.step += 1
         worker.since += 1
         self._pushes += 1
         self._since += 1
         self._evaluate_between()
-        self._next(worker, done)
+
+    def _reread(self, worker: Virtual) -> None:
+        """Read the newest parameters, unless the worker's copy is its own."""
+        if not self.rule.own_copy:
+            self.stores[worker.group].pull(worker.view, worker.out)
 
     def _next(self, worker: Virtual, done: float) -> None:
         if worker.step == len(worker.batches):
@@ -152,7 +191,7 @@ class Asynchronous(Simulation):
         A push works on one shard after the other and takes free ones first, so as many pushes as there are shards
         go on side by side.
         """
-        if self._service == 0 or worker.steps % self._meets:
+        if self._service == 0 or worker.view.steps % self.rule.every:
             return self.now
         free = self._free[worker.group]
         slot = int(free.argmin())
@@ -182,6 +221,7 @@ class Asynchronous(Simulation):
     def _fail(self, worker: Virtual) -> None:
         self.vanish(worker)
         self._clocks(worker, IDLE)
+        worker.refused = None
         if worker in self._held:
             self._held.remove(worker)
 
@@ -210,7 +250,8 @@ class Asynchronous(Simulation):
     def _admit(self) -> bool:
         """Push the first held gradient whose turn it is."""
         for worker in self._held:
-            if self.stores[worker.group].may_push(worker.view):  # type: ignore[attr-defined]
+            if self._turn(worker):
+                worker.refused = None
                 self._held.remove(worker)
                 self._push(worker)
                 return True
@@ -220,9 +261,13 @@ class Asynchronous(Simulation):
         """Let the workers read that are no longer too far ahead."""
         free = [w for w in self.workers if w.phase is Phase.GATED and not self._ahead(w)] if self._bound is not None else []
         for worker in free:
-            self.stores[worker.group].pull(worker.view, worker.out)
+            self._reread(worker)
             self._read(worker, self.now)
         return bool(free)
+
+    def _impatient(self, worker: Virtual, when: float) -> bool:
+        """Whether the held gradient is still the one whose patience ends now."""
+        return worker.refused is not None and worker.refused + self._patience <= when
 
     def _end_epoch(self, alive: list[Virtual]) -> bool:
         """All have done their share: one model, evaluation, and the next epoch."""
@@ -249,7 +294,7 @@ class Asynchronous(Simulation):
     def _resume(self, workers: list[Virtual]) -> None:
         """Go on together: the clocks are equal again, as after a live ``synchronize``."""
         for group, store in enumerate(self.stores):
-            most = max((w.steps for w in self.workers if w.group == group), default=0)
+            most = max([w.steps for w in self.workers if w.group == group] + [int(store.excused.max())])
             for worker in workers:
                 if worker.group == group:
                     store.clocks[worker.view.index] = most

@@ -39,6 +39,7 @@ SIMULATE_OPTIONS = (
 """What a simulation has beside the options of a run."""
 
 _LEAST = {"workers": 1, "groups": 1, "eval_updates": 1, "updates": 1, "parameters": 1}
+_LIVE_ONLY = ("device", "guided", "rho", "verification")
 _DRY = ("updates", "parameters")
 
 
@@ -66,6 +67,7 @@ class SimulateConfig(TrainConfig):
         """The configuration as the flat keys of a file, without those of other modes and those not set."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
         foreign = {o.name for o in (*OPTIONS, *SIMULATE_OPTIONS) if not _belongs(o, self.mode)}
+        foreign |= set(_LIVE_ONLY)
         flat = {k: v for k, v in flat.items() if k not in foreign} | self.options
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
 
@@ -95,7 +97,7 @@ class SimulateConfig(TrainConfig):
 
 def simulate_options() -> tuple[Option, ...]:
     """All options of a simulation but the rules'."""
-    return (*SIMULATE_OPTIONS, *(o for o in OPTIONS if o.name != "device"))
+    return (*SIMULATE_OPTIONS, *(o for o in OPTIONS if o.name not in _LIVE_ONLY))
 
 
 def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
@@ -110,6 +112,9 @@ def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
     for key in keys:
         if key not in known:
             raise unknown("option", key, known)
+    for key in ("guided", "rho", "verification"):
+        if keys.pop(key, False):
+            raise UsageError(f"--{key}: guided SGD is not simulated; run it live, with hpcasync train")
     mine = {k: _typed(own[k], keys.pop(k)) for k in list(keys) if k in own}
     mode = keys.get("mode", "async")
     if mode not in MODES:

@@ -63,6 +63,8 @@ class Virtual:
     communicate: float = 0.0
     computing: float = 0.0
     """Compute seconds of the gradient under way: counted when it arrives."""
+    refused: float | None = None
+    """When its held gradient came."""
     samples: int = 0
     updates: int = 0
     skipped: int = 0

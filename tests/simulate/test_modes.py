@@ -195,8 +195,8 @@ def test_scripted_schedule_has_the_expected_staleness(data: Dataset) -> None:
 def test_gate_keeps_the_bound(data: Dataset) -> None:
     sim = simulation(data, workers=3, slow=("2:5",), staleness=2, epochs=1)
     ahead: list[int] = []
+    store = sim.stores[0]
     for worker in sim.workers:
-        store = sim.stores[0]
         worker.view.observer = lambda k, r, w, i=worker.index: ahead.append(int(store.clocks[i] - store.clocks.min()))
     sim.run()
     assert max(ahead) == 2  # at a push; none begins another when it is 3 ahead
