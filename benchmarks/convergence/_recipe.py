@@ -61,6 +61,7 @@ class Summary:
     loss: list[float] = field(default_factory=list)
     area: list[float] = field(default_factory=list)
     staleness: list[float] = field(default_factory=list)
+    curves: list[np.ndarray] = field(default_factory=list)
     diverged: int = 0
 
     def mean(self, name: str) -> float:
@@ -102,6 +103,7 @@ def main(name: str, cells: Sequence[Cell], quick: Sequence[Cell], claims: Claim)
     print(text)
     args.output.mkdir(parents=True, exist_ok=True)
     _write_csv(args.output / "table.csv", table)
+    _plot(args.output / "curves.png", table)
     body = "\n\n".join(_markdown(c, found) for c, found in table.items())
     (args.output / "table.md").write_text(f"{body}\n\n{text}\n")
 
@@ -179,6 +181,7 @@ def _summary(method: str, lr: float, runs: Sequence[Mapping[str, Any]]) -> Summa
     summary = Summary(method, lr)
     for run in runs:
         curve = 100 * np.array([row["test_accuracy"] for row in run["curve"]])
+        summary.curves.append(np.stack([[row["epoch"] for row in run["curve"]], curve]))
         losses = np.array([row["train_loss"] for row in run["curve"]])
         summary.accuracy.append(100 * _final(run))
         summary.unrest.append(float(curve[len(curve) // 2 :].std()))
@@ -209,6 +212,26 @@ def _markdown(cell: str, table: Mapping[str, Summary]) -> str:
         ]
         lines.append(f"| {s.method} | {s.lr:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _plot(path: Path, table: Mapping[str, Mapping[str, Summary]]) -> None:
+    """Test accuracy against epochs, a panel per cell: mean over the seeds, and a band of one standard deviation."""
+    from matplotlib.figure import Figure
+
+    if not table:
+        return
+    figure = Figure(figsize=(9, 4.5 * len(table)), layout="constrained")
+    for axis, (cell, methods) in zip(figure.subplots(len(table), 1, squeeze=False).flat, table.items(), strict=True):
+        for s in methods.values():
+            points = min(c.shape[1] for c in s.curves)
+            x, y = s.curves[0][0, :points], np.array([c[1, :points] for c in s.curves])
+            (line,) = axis.plot(x, y.mean(0), label=f"{s.method}, lr {s.lr:g}")
+            axis.fill_between(x, y.mean(0) - y.std(0), y.mean(0) + y.std(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        top = max(s.mean("accuracy") for s in methods.values())
+        axis.set(title=cell, xlabel="epoch", ylabel="test accuracy, %", ylim=(max(0, top - 30), min(100, top + 3)))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def _write_csv(path: Path, table: Mapping[str, Mapping[str, Summary]]) -> None:
