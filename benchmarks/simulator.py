@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from _common import Ratio, Report, begin, finish, interleave, make_parser
 
-MODELS = {"mlp": 3.0, "lenet5": 1.0}  # how many times faster than naive batched should be at 32 workers
+MODELS = {"mlp": 3.0, "lenet5": 1.0}  # how many times faster than naive it should be at 32 workers
 COMPUTE = ("constant:1.0", "lognormal:1.0,0.3", "exponential:1.0")
 
 
