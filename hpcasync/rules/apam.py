@@ -35,12 +35,12 @@ class APAM(Rule):
     Source: Xu, Xu, Yan, Sutcher-Shepard, Grinberg, Chen, Math. Prog. Comp. 2023 (arXiv 2002.09095), and the authors' code.
 
     Attributes:
-        style: defaults of the next two: ``"code"`` (True, 1e-8) or ``"paper"`` (False, 0).
-        bias_correction: None takes that of ``style``.
-        eps: None takes that of ``style``; >= 0.
-        step_size: ``"constant"``, or ``"sqrt"`` for ``lr / sqrt(k)``.
-        low: lower end of the box for every parameter; None: none.
-        high: upper end, > ``low``; None: none.
+        style: where the defaults of bias_correction and eps come from: ``"code"`` (True, 1e-8) or ``"paper"`` (False, 0).
+        bias_correction: whether the moments are bias-corrected; None takes that of ``style``.
+        eps: added to the denominator, >= 0; None takes that of ``style``.
+        step_size: of update k: ``"constant"``, or ``"sqrt"`` for ``lr / sqrt(k)``.
+        low: lower end of the box that every parameter is kept in; None: none.
+        high: upper end of the box, > ``low``; None: none.
     """
 
     name: ClassVar[str] = "apam"

@@ -29,8 +29,8 @@ class DCASGD(Rule):
     Attributes:
         adaptive: the adaptive lambda.
         compensation: lambda, or with ``adaptive`` its numerator, >= 0; None takes 0.04, or 2 with ``adaptive``.
-        square_decay: ``a``, in [0, 1).
-        square_eps: > 0.
+        square_decay: ``a``, decay of the mean square of the adaptive lambda, in [0, 1).
+        square_eps: added to that mean square, > 0.
     """
 
     name: ClassVar[str] = "dc-asgd"

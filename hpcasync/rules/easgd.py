@@ -27,7 +27,7 @@ class EASGD(Rule):
 
     Attributes:
         period: steps from one exchange to the next, >= 1.
-        moving_rate: ``a``, in (0, 1]; None takes ``0.9 / workers``.
+        moving_rate: ``a``, the strength of an exchange, in (0, 1]; None takes ``0.9 / workers``.
     """
 
     name: ClassVar[str] = "easgd"

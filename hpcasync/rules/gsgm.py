@@ -33,17 +33,18 @@ class GSGM(Rule):
     - ``average="window"`` with M < workers: a ring of M gradients in the shared state.
     - ``average="round"``: the running mean of the gradients of this round so far.
 
-    A worker that waits for a slower one longer than ``patience`` lets the round turn without it; the slow one's gradient
-    is applied once, when it comes. Workers that have finished or synchronise are not waited for.
+    A worker that waits for a slower one longer than ``patience`` lets the rounds turn without it, until the slow one
+    comes: its gradient is applied once, in the round that the others are in. Workers that have finished or synchronise
+    are not waited for.
 
     Source: the idea (white list, partly averaged gradients, global momentum) from Li et al., IEEE IoT-J 9(19):18817, 2022
     (arXiv 1902.07848), abstract. All formulas are our RECONSTRUCTION; see docs/algorithms.md.
 
     Attributes:
-        average: ``"window"`` or ``"round"``.
-        window: M, 1 .. workers; None takes the number of workers.
+        average: mean of the last M gradients, ``"window"``, or of this round's so far, ``"round"``.
+        window: M, gradients in the window, 1 .. workers; None takes the number of workers.
         out_of_turn: a worker whose turn is used ``"hold"``s its gradient and waits, or ``"discard"``s it and goes on.
-        patience: seconds, > 0.
+        patience: seconds that a worker waits for its turn before rounds turn without the slower ones, > 0.
     """
 
     name: ClassVar[str] = "gsgm"

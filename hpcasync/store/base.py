@@ -74,7 +74,7 @@ class Store:
         versions: int64 (shards,), updates applied to each shard.
         writers: int64 (shards,), the last worker that wrote each shard, -1 before.
         clocks: int64 (workers,), pushes of each worker, ``IDLE`` for one that nobody needs to wait for.
-        excused: int64 (workers,), a worker's turns before this number are not waited for; written by the others.
+        excused: int64 (workers,), 1 for a worker that rounds do not wait for until it comes.
         notes: int64 (shards, NOTES), the rule's own counts per shard.
         threads: threads that work on a shard together.
     """
@@ -164,14 +164,14 @@ class Store:
         worker.steps += 1
         i = worker.index
         if self.clocks[i] != IDLE:
-            self.clocks[i] = max(self.clocks[i], self.excused[i]) + 1
+            self.clocks[i] += 1
 
     def _push_shards(
         self, worker: Worker, grads: Sequence[np.ndarray | None], out: np.ndarray, hypers: Sequence[np.ndarray]
     ) -> None:
         taus = np.full(len(self.layout.shards), -1, np.int64)
         rule, keeps = self.rule, self.rule.own_copy
-        clock = max(int(self.clocks[worker.index]), int(self.excused[worker.index]))
+        clock = int(self.clocks[worker.index])
 
         def apply(k: int, shard: Shard) -> None:
             version, read = int(self.versions[k]), int(worker.read[k])
@@ -262,24 +262,29 @@ class Store:
                 worker.waited += backoff.pause()
                 misses = 0
 
-    # Rounds (rules in turn): a worker's number of turns is its clock, or what others have excused it to.
+    # Rounds (rules in turn): a worker's clock is the round that it has its next turn in.
 
     def may_push(self, worker: Worker) -> bool:
-        """Whether it is the worker's turn: no other worker has had fewer turns. Always, unless the rule is ``in_turn``.
+        """Whether it is the worker's turn: nobody that the round waits for has an earlier one. Always unless ``in_turn``.
 
         All workers of a round may push at the same time. Once given, the turn stays until the push.
         """
         if not self.rule.in_turn:
             return True
-        turns = np.maximum(self.clocks, self.excused)
-        return bool(turns[worker.index] <= turns.min())
+        i = worker.index
+        if self.excused[i]:  # it is back: it joins the round that the others are in
+            there = (self.excused == 0) & (self.clocks != IDLE)
+            if there.any():
+                self.clocks[i] = max(self.clocks[i], self.clocks[there].min())
+            self.excused[i] = 0
+        return bool((self.clocks[self.excused == 0] >= self.clocks[i]).all())
 
     def excuse(self, worker: Worker) -> None:
-        """Let the round turn without the workers that ``worker`` waits for; a late one's gradient joins a later round."""
-        mine = max(int(self.clocks[worker.index]), int(self.excused[worker.index]))
-        # Two may write here at once. Then the older round may stay, and the wait is only longer: the next one excuses again.
-        for i in np.flatnonzero(np.maximum(self.clocks, self.excused) < mine).tolist():
-            self.excused[i] = mine
+        """Let rounds turn without the workers that ``worker`` waits for, each until it asks for its turn again.
+
+        A worker that comes at this very moment is excused too; it only is not waited for, for one round.
+        """
+        self.excused[self.clocks < self.clocks[worker.index]] = 1
 
     def take_turn(
         self,
@@ -315,8 +320,8 @@ class Store:
             worker.waited += backoff.pause()
             if stalled is not None and now - told > every:
                 told = now
-                turns = np.maximum(self.clocks, self.excused)
-                stalled(now - worker.refused, np.flatnonzero(turns < turns[worker.index]).tolist())
+                slow = (self.clocks < self.clocks[worker.index]) & (self.excused == 0)
+                stalled(now - worker.refused, np.flatnonzero(slow).tolist())
         worker.refused = None
         return True
 
