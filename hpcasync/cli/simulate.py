@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
         group = machine if option.name in own else general
         if option.kind == "list":
             flag = f"--{option.name}"
-            group.add_argument(flag, action="append", help=option.help, dest=option.name, metavar=option.help.split(":")[0])
+            group.add_argument(flag, action="append", help=option.help, dest=option.name, metavar=option.help.split(": ")[0])
         else:
             _add_flag(group, option)
     rule = parser.add_argument_group("rule (defaults are the rule's own)")
