@@ -182,14 +182,15 @@ def _summary(method: str, lr: float, runs: Sequence[Mapping[str, Any]]) -> Summa
     for run in runs:
         curve = 100 * np.array([row["test_accuracy"] for row in run["curve"]])
         summary.curves.append(np.stack([[row["epoch"] for row in run["curve"]], curve]))
-        losses = np.array([row["train_loss"] for row in run["curve"]])
+        # An evaluation right after another has no training loss of its own.
+        losses = np.array([row["train_loss"] for row in run["curve"] if row["train_loss"] == row["train_loss"]])
         summary.accuracy.append(100 * _final(run))
         summary.unrest.append(float(curve[len(curve) // 2 :].std()))
         summary.jump.append(float(np.abs(np.diff(curve)).mean()) if len(curve) > 1 else 0.0)
         summary.loss.append(float(losses[-1]))
         summary.area.append(float(losses.mean()))
         summary.staleness.append(run["result"]["staleness"]["mean"])
-        summary.diverged += _final(run) < 0.2 or not np.isfinite(losses[-1])
+        summary.diverged += _final(run) < 0.2
     return summary
 
 
