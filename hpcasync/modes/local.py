@@ -25,9 +25,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Source, rule: Rule) -> None:
-        if rule.own_copy:
-            raise UsageError(f"rule {rule.name!r} is about workers and a centre that they share: it needs mode async")
-        rule = rule.bind(1)
+        rule = bind_alone(rule)
         groups, names, _ = groups_of(params)
         for group in groups:
             rule.check_options(rule.group_options() | group)
@@ -63,6 +61,17 @@ class RuleOptimizer(torch.optim.Optimizer):
         rows[0] = p.detach().reshape(-1).cpu().numpy()
         self.rule.update(rows, 0, grad, rows[0], hyper, state["step"], 0)
         p.copy_(state["rows"][0].view(p.shape))
+
+
+def bind_alone(rule: Rule) -> Rule:
+    """The rule for one worker that shares nothing.
+
+    Raises:
+        UsageError: a rule that makes no sense then.
+    """
+    if rule.own_copy:
+        raise UsageError(f"rule {rule.name!r} is about workers and a centre that they share: it needs mode async")
+    return rule.bind(1)
 
 
 def torch_optimizer(rule: Rule, params: Source) -> torch.optim.Optimizer:

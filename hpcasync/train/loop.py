@@ -17,7 +17,7 @@ from hpcasync.comm import World, agree, init, raise_together
 from hpcasync.data import Dataset, Loader, loader, open_dataset, verification_batch
 from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Guided, KStep, Mode, Sync
-from hpcasync.modes.local import torch_optimizer
+from hpcasync.modes.local import bind_alone, torch_optimizer
 from hpcasync.rules import make_rule
 from hpcasync.stats import Staleness
 from hpcasync.train.config import TrainConfig
@@ -174,6 +174,8 @@ class _Run:
 
 
 def _prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Module]:
+    rule = make_rule(config.rule, config.options)  # refused now if it does not fit, before a folder is made
+    rule = rule.bind(world.size) if config.mode == "async" else bind_alone(rule)
     dataset = open_dataset(config.data)
     batches = loader(dataset, world, batch=config.batch, seed=config.seed, partition=config.partition)
     torch.manual_seed(config.seed)
