@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from hpcasync.cli.train import _add_flag
+from hpcasync.cli.train import add_flag
 from hpcasync.train.config import read_config, rule_options
 
 
@@ -32,10 +31,10 @@ def add(commands: Any) -> None:
             flag = f"--{option.name}"
             group.add_argument(flag, action="append", help=option.help, dest=option.name, metavar=option.help.split(": ")[0])
         else:
-            _add_flag(group, option)
+            add_flag(group, option)
     rule = parser.add_argument_group("rule (defaults are the rule's own)")
     for option in rule_options():
-        _add_flag(rule, option)
+        add_flag(rule, option)
     parser.set_defaults(run=run)
 
 
@@ -46,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     flags = {k: v for k, v in vars(args).items() if k not in ("command", "run", "config", "json")}
     config = make_simulate_config(read_config(args.config) if args.config else {}, flags)
 
+    from hpcasync.train.records import to_json
     from hpcasync.train.table import console, ranks_table, runs_table
 
     out = console()
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         out.print(f"{seconds:,.4g} virtual seconds of {config.workers} workers, simulated in {wall:,.1f} s")
         out.print(f"records: {outcome.folder}", soft_wrap=True)
     if args.json:
-        print(json.dumps(result), flush=True)
+        print(to_json(result), flush=True)
     return 0
 
 

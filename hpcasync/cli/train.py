@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from hpcasync.train.config import OPTIONS, Option, make_config, read_config, rule_options
@@ -21,10 +20,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", default=False, help="print the result as one JSON object, last")
     general = parser.add_argument_group("run")
     for option in OPTIONS:
-        _add_flag(general, option)
+        add_flag(general, option)
     rule = parser.add_argument_group("rule (defaults are the rule's own)")
     for option in rule_options():
-        _add_flag(rule, option)
+        add_flag(rule, option)
     parser.set_defaults(run=run)
 
 
@@ -35,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     from hpcasync.comm import init
     from hpcasync.train.loop import train
+    from hpcasync.train.records import to_json
     from hpcasync.train.table import console, ranks_table, runs_table
 
     outcome = train(config)
@@ -44,11 +44,12 @@ def run(args: argparse.Namespace) -> int:
         out.print(ranks_table(outcome.ranks))
         out.print(f"records: {outcome.folder}", soft_wrap=True)
         if args.json:
-            print(json.dumps(outcome.result), flush=True)
+            print(to_json(outcome.result), flush=True)
     return 0
 
 
-def _add_flag(group: Any, option: Option) -> None:
+def add_flag(group: Any, option: Option) -> None:
+    """Add the flag of one option."""
     flag = "--" + option.name.replace("_", "-")
     text = option.help
     if option.default is not None and option.kind is not bool:

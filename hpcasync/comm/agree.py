@@ -17,11 +17,11 @@ def agree(world: World, facts: Mapping[str, Any]) -> None:
         facts: what to compare, by name; values must be picklable and comparable.
     """
     everyone = world.gather(dict(facts))
-    for name in everyone[0]:
-        odd = [r for r, theirs in enumerate(everyone) if theirs.get(name) != everyone[0][name]]
+    for name in dict.fromkeys(n for theirs in everyone for n in theirs):
+        odd = [r for r, theirs in enumerate(everyone) if theirs.get(name) != everyone[0].get(name)]
         if odd:
             raise UsageError(
-                f"ranks disagree on {name}: rank 0 has {_short(everyone[0][name])}, rank {odd[0]} has "
+                f"ranks disagree on {name}: rank 0 has {_short(everyone[0].get(name))}, rank {odd[0]} has "
                 f"{_short(everyone[odd[0]].get(name))}; {_ranks(odd)} from rank 0. "
                 "Start every rank with the same model and options."
             )

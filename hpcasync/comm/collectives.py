@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -18,6 +20,13 @@ LINE_SEGMENT = 8 << 20
 
 IN_FLIGHT = 2
 """Non-blocking MPI calls under way at a time: many at once evict each other from the cache."""
+
+
+SPIN_SECONDS = 0.05
+"""How long a barrier holds its core where each rank has one: the others are seldom further behind."""
+
+STALL_SECONDS = 60.0
+"""After so long a barrier says that it still waits."""
 
 
 class Pending(Protocol):
@@ -206,7 +215,22 @@ class MPICollectives:
             self._comm.Bcast(part, root=root)
 
     def barrier(self) -> None:
-        self.start_barrier().wait()
+        pending = self.start_barrier()
+        began = time.perf_counter()
+        backoff = Backoff()
+        stalled = False
+        while not pending.test():
+            waited = time.perf_counter() - began
+            if self._polite or waited > SPIN_SECONDS:
+                backoff.pause()
+            if waited > STALL_SECONDS and not stalled:
+                stalled = True
+                warnings.warn(
+                    f"rank {self._comm.rank} has waited {waited:.0f} s for the other ranks. In modes sync and kstep every rank "
+                    "must take the same number of steps; hpcasync.data.loader and ShardSampler see to that.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def start_barrier(self) -> Pending:
         return _Request(self._comm.Ibarrier(), self._polite)

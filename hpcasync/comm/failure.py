@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import sys
 import threading
@@ -11,17 +12,20 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from hpcasync.comm.launch import launched_rank
+from hpcasync.errors import UsageError
 
 MEET_SECONDS = 3.0
 """How long a rank with bad input waits for the others to find the same."""
 
 _comm: Any = None  # of our own, so that a failing rank's messages meet no other traffic
+_exit_code = 0  # what this process is leaving with, once it has called sys.exit
 
 
 def install(comm: Any) -> None:
-    """Make uncaught exceptions, in any thread of this process, end the job with exit code 1.
+    """Make uncaught exceptions, in any thread of this process, end the job with exit code 1, bad input with 2.
 
-    Without this the other ranks would wait in their next collective for ever.
+    So does ``sys.exit`` with an error on some ranks only. Without this the other ranks would wait in their next collective
+    for ever.
 
     Args:
         comm: an mpi4py communicator whose job is to end.
@@ -32,6 +36,10 @@ def install(comm: Any) -> None:
 
     def main_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.excepthook = previous
+        if issubclass(kind, UsageError):
+            code = usage_failed(f"{_place(trace)}hpcasync: error: {error}")
+            sys.stdout.flush()
+            abort(comm, code)
         report(comm, kind, error, trace)
         abort(comm, 1)
 
@@ -40,8 +48,44 @@ def install(comm: Any) -> None:
             report(comm, args.exc_type, args.exc_value, args.exc_traceback)
             abort(comm, 1)
 
+    leave = sys.exit
+
+    def remembering_exit(status: Any = None) -> NoReturn:
+        global _exit_code
+        _exit_code = status if isinstance(status, int) else int(status is not None)
+        leave(status)
+
     sys.excepthook = main_hook
     threading.excepthook = thread_hook
+    sys.exit = remembering_exit  # the only place where an exit code can be seen before the process is gone
+    atexit.register(_leave)
+
+
+def leaving_in_error() -> bool:
+    """Whether this process is on its way out with an error: no collective may be begun then."""
+    return _exit_code != 0
+
+
+def _leave() -> None:
+    if leaving_in_error() and not _all_meet():
+        abort(_comm, _exit_code)
+
+
+def _all_meet() -> bool:
+    """Whether every rank comes here within ``MEET_SECONDS``."""
+    everyone = _comm.Ibarrier()
+    deadline = time.monotonic() + MEET_SECONDS
+    while not everyone.Test():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _place(trace: TracebackType | None) -> str:
+    """Where in the user's script an error came from."""
+    frames = traceback.extract_tb(trace)
+    return f"{frames[0].filename}:{frames[0].lineno}: " if frames else ""
 
 
 def usage_failed(message: str) -> int:
@@ -54,13 +98,9 @@ def usage_failed(message: str) -> int:
         if launched_rank() == 0:
             print(message, file=sys.stderr, flush=True)
         return 2
-    everyone = _comm.Ibarrier()
-    deadline = time.monotonic() + MEET_SECONDS
-    while not everyone.Test():
-        if time.monotonic() > deadline:
-            print(f"rank {_comm.rank}: {message}", file=sys.stderr, flush=True)
-            abort(_comm, 2)
-        time.sleep(0.01)
+    if not _all_meet():
+        print(f"rank {_comm.rank}: {message}", file=sys.stderr, flush=True)
+        abort(_comm, 2)
     if _comm.rank == 0:
         print(message, file=sys.stderr, flush=True)
     return 2

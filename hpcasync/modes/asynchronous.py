@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hpcasync.comm import World, agree
+from hpcasync.comm.failure import leaving_in_error
 from hpcasync.errors import UsageError
 from hpcasync.modes.base import Closure, Mode, OnNonfinite
 from hpcasync.modes.finite import FiniteCheck
@@ -41,6 +42,7 @@ class Async(Mode):
             all in step. None takes the rule's ``default_staleness``: 16 for ``apam``, whose theory needs a bound; the
             other rules have none, no rank ever waits.
         world: from ``hpcasync.init()``.
+        model: whose buffers ``synchronize()`` averages, where ``params`` is not the module itself.
         on_nonfinite: ``"skip"`` the push of a gradient with NaN or infinity, or ``"abort"``.
         stall_seconds: warn every so often while waiting for slower ranks.
 
@@ -57,6 +59,7 @@ class Async(Mode):
         *,
         staleness: int | None = None,
         world: World | None = None,
+        model: torch.nn.Module | None = None,
         on_nonfinite: OnNonfinite = "skip",
         stall_seconds: float = 60.0,
     ) -> None:
@@ -64,7 +67,8 @@ class Async(Mode):
             raise UsageError(f"rule={rule!r}: expected a rule such as hpcasync.rules.TrendSmooth(lr=0.05)")
         if staleness is not None:
             between("staleness", staleness, 0, np.inf)
-        groups, names, model = groups_of(params)
+        groups, names, module = groups_of(params)
+        model = module if model is None else model
         for group in groups:
             rule.check_options(rule.group_options() | group)
         super().__init__(groups, rule.group_options(), world=world, model=model, on_nonfinite=on_nonfinite)
@@ -103,7 +107,8 @@ class Async(Mode):
         self._check = FiniteCheck(self.params, threads)
         self._warned_outside = False
         self._closed = False
-        atexit.register(self.close)
+        if not self._one:
+            atexit.register(self._close_at_exit)
 
     def step(self, closure: Closure | None = None) -> Any:
         """Push this rank's gradient and pull the newest parameters.
@@ -170,7 +175,7 @@ class Async(Mode):
         """The rule's vectors per parameter, the groups' options, and the shards' versions, copied out of the window."""
         self._check_open()
         packed = super().state_dict()
-        layout, state = self.store.layout, self.store.state
+        layout, state = self.store.layout, self.store.snapshot(self._worker)
         packed["state"] = {
             i: {
                 v.name: torch.from_numpy(state[row, start : start + size].copy()).view(self._flat.params[i].shape)
@@ -208,11 +213,16 @@ class Async(Mode):
         """Wait for the others, pull the final model and free the window. The model stays usable. Collective."""
         if self._closed:
             return
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         self.synchronize()
         self._closed = True
         self._check.close()
         self.store.close()
+
+    def _close_at_exit(self) -> None:
+        """Close for a script that forgot to: the others' bound on staleness must not wait for a rank that has gone."""
+        if not leaving_in_error():
+            self.close()
 
     def _push(self, grads: list[np.ndarray | None]) -> None:
         if self.rule.in_turn and not self._one and not self._take_turn():

@@ -22,6 +22,8 @@ Closure = Callable[[], Any]
 class Mode(torch.optim.Optimizer):
     """A torch optimizer that trains together with the other ranks.
 
+    Feed schedulers that look at a loss (ReduceLROnPlateau) the same loss on every rank, or their learning rates part.
+
     Attributes:
         world: the ranks.
         share: where this rank's time went.

@@ -80,7 +80,7 @@ class FlatParameters:
         """
         changed = False
         for i, (p, pointer) in enumerate(zip(self.params, self._pointers, strict=True)):
-            if p.data_ptr() == pointer and p.is_contiguous():
+            if (p.data_ptr() == pointer and p.is_contiguous()) or not self.layout.sizes[i]:
                 continue
             start, size = self.layout.starts[i], self.layout.sizes[i]
             if p.dtype != self.buffer.dtype or p.device != self.buffer.device or p.numel() != size:

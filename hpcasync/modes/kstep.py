@@ -228,15 +228,27 @@ class KStep(Wrapper):
             block_update(block.host, block.anchor, block.velocity, ranks, mu, lr, self.nesterov)
 
     def _average_inner_state(self) -> None:
-        """Average the tensors of the wrapped optimizer's state; counters, which are scalars, stay."""
+        """Average the tensors of the wrapped optimizer's state over the ranks that have them; counters, scalars, stay.
+
+        A rank may lack some: it has skipped its steps so far, or had no gradient for a parameter.
+        """
         if self.world.size == 1:
             return
-        for p in self.params:
-            for value in self.inner.state.get(p, {}).values():
-                if isinstance(value, Tensor) and value.dim() and value.is_floating_point():
-                    host = value.detach().to("cpu", copy=True).contiguous().view(-1)
-                    self.world.collectives.allreduce(host.numpy())
-                    value.copy_((host / self.world.size).view(value.shape))
+        mine = {
+            (i, name): value
+            for i, p in enumerate(self.params)
+            for name, value in self.inner.state.get(p, {}).items()
+            if isinstance(value, Tensor) and value.dim() and value.is_floating_point()
+        }
+        everyone = self.world.gather({k: (v.numel(), v.dtype == torch.float64) for k, v in mine.items()})
+        for key, (size, double) in sorted({k: v for theirs in everyone for k, v in theirs.items()}.items()):
+            host = torch.zeros(size, dtype=torch.float64 if double else torch.float32)
+            if key in mine:
+                host.copy_(mine[key].detach().reshape(-1))
+            self.world.collectives.allreduce(host.numpy())
+            if key in mine:
+                holders = sum(key in theirs for theirs in everyone)
+                mine[key].copy_((host / holders).view(mine[key].shape))
 
     def _own_state(self) -> dict[str, Any]:
         blocks = [

@@ -215,16 +215,18 @@ class Sync(Wrapper):
                 assert bucket.pending is not None
                 bucket.pending.wait()
                 bucket.pending = None
-                bad += bucket.nonfinite
-                self._hand_out(bucket, params)
+                bad += self._hand_out(bucket, params)
         self._bad_ranks = np.flatnonzero(bad).tolist()
         self._started = 0
         self._queued = False
         self._synced = True
 
-    def _hand_out(self, bucket: _Bucket, params: list[Tensor]) -> None:
+    def _hand_out(self, bucket: _Bucket, params: list[Tensor]) -> np.ndarray:
+        """Give the bucket's parameters their mean gradient; returns per rank whether its part was not finite."""
         if self.world.size > 1:
             bucket.grads.div_(self.world.size)
+            if not bucket.nonfinite.any() and not _finite(bucket.grads):
+                bucket.nonfinite[:] = 1  # finite on each rank, but their sum is not: all ranks see the same
         present = bucket.present.tolist()
         for j, i in enumerate(bucket.params):
             p, view = params[i], bucket.views[j]
@@ -235,8 +237,10 @@ class Sync(Wrapper):
             else:
                 p.grad = view.to(p.device)
         bucket.missing = len(bucket.params)
+        bad = bucket.nonfinite.copy()
         bucket.present[:] = 0
         bucket.nonfinite[:] = 0
+        return bad
 
 
 def _store(bucket: _Bucket, j: int, p: Tensor) -> None:

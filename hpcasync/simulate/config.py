@@ -13,8 +13,7 @@ from hpcasync.simulate.cluster import Cluster, Network, parse_changes, parse_net
 from hpcasync.simulate.distributions import Distribution, parse_distribution
 from hpcasync.simulate.like import read_like
 from hpcasync.simulate.units import bytes_per_second
-from hpcasync.train.config import OPTIONS, Option, TrainConfig, make_config, rule_options
-from hpcasync.train.config import _typed as typed_value
+from hpcasync.train.config import OPTIONS, Option, TrainConfig, make_config, rule_options, typed_value
 
 MODES = ("async", "sync", "kstep", "hierarchical")
 

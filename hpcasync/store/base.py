@@ -237,6 +237,16 @@ class Store:
 
         self._over_shards(worker, copy)
 
+    def snapshot(self, worker: Worker) -> np.ndarray:
+        """A copy of ``state``, each shard of one version."""
+        copy = np.empty_like(self.state)
+
+        def take(k: int, shard: Shard) -> None:
+            copy[:, shard.start : shard.stop] = self.state[:, shard.start : shard.stop]
+
+        self._over_shards(worker, take)
+        return copy
+
     def _over_shards(self, worker: Worker, work: Callable[[int, Shard], None]) -> None:
         """Run ``work`` under the lock of every shard, each once, taking free shards first; a lock-free rule takes none."""
         count = len(self.layout.shards)

@@ -44,7 +44,7 @@ class Layout:
     """The flat state.
 
     Attributes:
-        sizes: elements of each parameter, > 0.
+        sizes: elements of each parameter.
         starts: first element of each parameter in the flat state.
         total: elements of the flat state, alignment gaps included.
         shards: cover all of it, in order, without overlap.
@@ -65,8 +65,8 @@ def make_layout(sizes: Sequence[int], shard_elements: int = SHARD_ELEMENTS) -> L
         sizes: elements of each parameter.
         shard_elements: size to aim at; shards end at multiples of ``ALIGN``.
     """
-    if not sizes or min(sizes) < 1 or shard_elements < 1:
-        raise ValueError(f"sizes={list(sizes)!r}, shard_elements={shard_elements}: expected positive numbers")
+    if not sizes or min(sizes) < 0 or sum(sizes) < 1 or shard_elements < 1:
+        raise ValueError(f"sizes={list(sizes)!r}, shard_elements={shard_elements}: expected sizes >= 0, not all 0")
     starts, total = [], 0
     for size in sizes:
         starts.append(total)

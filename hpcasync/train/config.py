@@ -164,7 +164,7 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
             if key not in known:
                 raise unknown("option", name, known)
             if value is not None:
-                keys[key] = _typed(known[key], value)
+                keys[key] = typed_value(known[key], value)
     mode = keys.get("mode", "async")
     if mode not in MODES:
         raise unknown("mode", mode, MODES)
@@ -243,7 +243,7 @@ def write_config(config: TrainConfig, path: Path) -> None:
         temporary.write_bytes(tomli_w.dumps(config.keys()).encode())
 
 
-def _typed(option: Option, value: Any) -> Any:
+def typed_value(option: Option, value: Any) -> Any:
     """The value in the option's type; a TOML integer will do for a float."""
     kind = option.kind
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

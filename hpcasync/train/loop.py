@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> Outcome:
         UsageError: the same on every rank for bad input.
     """
     world = init(device=config.device, threads=config.threads)
-    agree(world, {"the configuration": config.keys()})
+    agree(world, {"--" + k.replace("_", "-"): v for k, v in config.keys().items()})
     dataset, batches, model = _together(world, lambda: _prepare(config, world))
     verification = _together(world, lambda: _verification(config, dataset, world))
     folder = _together(world, lambda: RunFolder(config) if world.rank == 0 else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import platform
 import time
 from pathlib import Path
@@ -46,7 +47,7 @@ class RunFolder:
         self._rows.append(row)
         try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(to_json(row) + "\n")
         except OSError as error:
             raise UsageError(f"can't write {self.path / 'metrics.jsonl'}: {error.strerror}") from error
 
@@ -65,7 +66,7 @@ class RunFolder:
         image = io.BytesIO()  # HDF5 itself can't report a full disk cleanly: it fails again while closing
         with h5py.File(image, "w") as file:
             file.attrs.update({"format": FORMAT, "version": VERSION, "config": json.dumps(config.keys())})
-            file.attrs.update({"result": json.dumps(result), "environment": json.dumps(environment(world))})
+            file.attrs.update({"result": to_json(result), "environment": json.dumps(environment(world))})
             for name in CURVES:
                 file[f"curves/{name}"] = np.array([row[name] for row in self._rows], np.float64)
             for name in RANK_COLUMNS:
@@ -76,7 +77,7 @@ class RunFolder:
         with replacing(self.path / "run.h5") as temporary:
             temporary.write_bytes(image.getbuffer())
         with replacing(self.path / "result.json") as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
 
 
 def read_ranks(folder: Path) -> list[dict[str, Any]]:
@@ -100,6 +101,17 @@ def read_ranks(folder: Path) -> list[dict[str, Any]]:
     return ranks
 
 
+def to_json(value: dict[str, Any], **options: Any) -> str:
+    """Strict JSON: a number that is NaN or infinite becomes null."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {k: plain(v) for k, v in item.items()}
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
 def environment(world: World) -> dict[str, str]:
     """Versions and machine, for the record."""
     import torch
@@ -120,9 +132,14 @@ def _make_folder(config: TrainConfig) -> Path:
     stem = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
     for attempt in range(100):
         path = Path(stem if not attempt else f"{stem}-{attempt + 1}")
-        if not path.exists():
-            _make(path)
-            return path
+        try:  # another job may have the same second
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError:
+            pass  # _make says why
+        _make(path)
+        return path
     raise UsageError(f"100 runs named {stem} already; give --output")
 
 

@@ -172,7 +172,7 @@ def test_ranks_with_different_options_are_named(mpirun: MpiRun) -> None:
     """
     done = mpirun(code, 3, check=False)
     assert done.returncode == 2
-    assert "ranks disagree on the configuration" in done.stderr
+    assert "ranks disagree on --seed: rank 0 has 0, rank 2 has 1" in done.stderr
     assert "rank 2 differs" in done.stderr
 
 

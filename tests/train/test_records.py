@@ -94,3 +94,13 @@ def test_evaluate_weighs_every_sample_once_and_leaves_the_model_in_training() ->
     scores = model(x)
     assert loss == pytest.approx(torch.nn.functional.cross_entropy(scores, y).item(), rel=1e-5)
     assert accuracy == pytest.approx((scores.argmax(1) == y).double().mean().item())
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    config = make_config({"output": str(tmp_path / "run")})
+    folder = RunFolder(config)
+    folder.add({**ROW, "test_loss": float("nan")})
+    folder.finish({"test_loss": float("inf"), "staleness": {"mean": float("nan")}}, [rank([1])], config, World())
+    assert json.loads((folder.path / "metrics.jsonl").read_text())["test_loss"] is None
+    assert json.loads((folder.path / "result.json").read_text()) == {"test_loss": None, "staleness": {"mean": None}}
+    assert np.isnan(read_curves(folder.path)["test_loss"][0])
