@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -37,9 +38,7 @@ def install(comm: Any) -> None:
     def main_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.excepthook = previous
         if issubclass(kind, UsageError):
-            code = usage_failed(f"{_place(trace)}hpcasync: error: {error}")
-            sys.stdout.flush()
-            abort(comm, code)
+            _leave_together(usage_failed(f"{_place(trace)}hpcasync: error: {error}"))
         report(comm, kind, error, trace)
         abort(comm, 1)
 
@@ -80,6 +79,17 @@ def _all_meet() -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def _leave_together(code: int) -> NoReturn:
+    """End this process with ``code``, where every rank does: an excepthook itself can only end with 1."""
+    from mpi4py import MPI
+
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    MPI.Finalize()
+    os._exit(code)
 
 
 def _place(trace: TracebackType | None) -> str:
