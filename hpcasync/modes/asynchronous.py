@@ -129,7 +129,9 @@ class Async(Mode):
         self.steps += 1
         seen = 0 if self._bound is None else self._slowest_other()
         grads = [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
-        if all([g is None or self._check.finite(p, g) for p, g in zip(self._flat.params, grads, strict=True)]):
+        finite = all([g is None or self._check.finite(p, g) for p, g in zip(self._flat.params, grads, strict=True)])
+        self._check.forget()
+        if finite:
             self._push(grads)
         else:
             self._nonfinite(f"rank {self.world.rank}")

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from hpcasync.kernels import all_finite, team
 
+HOOK_ELEMENTS = 1 << 16
+"""Size from which looking during backward pays: a hook costs some microseconds, a small gradient is still in the cache later."""
+
 
 class FiniteCheck:
-    """Checks each gradient once, as soon as autograd has it; ``step()`` then reads the answer.
+    """Checks each gradient once, large ones as soon as autograd has them; ``step()`` then reads the answer.
 
     A gradient that was changed since (clipping, unscaling, a second backward) is checked again.
 
@@ -22,15 +25,19 @@ class FiniteCheck:
     def __init__(self, params: list[Tensor], threads: int) -> None:
         self._threads = threads
         self._known: dict[int, tuple[int, int, bool]] = {}  # parameter -> gradient's address and version, answer
-        self._hooks = [p.register_post_accumulate_grad_hook(self._look) for p in params if p.requires_grad]
+        large = [p for p in params if p.requires_grad and p.numel() >= HOOK_ELEMENTS]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._look) for p in large]
 
     def finite(self, p: Tensor, grad: np.ndarray) -> bool:
         """Whether ``grad``, the host array of ``p.grad``, is finite."""
-        assert p.grad is not None
-        pointer, version, answer = self._known.pop(id(p), (0, 0, False))
-        if pointer == p.grad.data_ptr() and version == p.grad._version:
-            return answer
+        known = self._known.get(id(p))
+        if known is not None and p.grad is not None and known[:2] == (p.grad.data_ptr(), p.grad._version):
+            return known[2]
         return self._check(grad)
+
+    def forget(self) -> None:
+        """Drop all answers: the step is over, and a later gradient may lie at the same address."""
+        self._known.clear()
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -47,7 +54,7 @@ class FiniteCheck:
             self._known[id(p)] = (grad.data_ptr(), grad._version, answer)
 
     def _check(self, grad: np.ndarray) -> bool:
-        if self._threads > 1:
+        if self._threads > 1 and grad.size > team.CHUNK:
             return team.finite(self._threads, grad)
         return bool(all_finite(grad))
 

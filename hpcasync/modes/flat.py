@@ -120,5 +120,5 @@ def flat_grad(p: Tensor, name: str) -> np.ndarray | None:
         raise UsageError(f"{name} has a sparse gradient; expected a dense one (nn.Embedding(..., sparse=False))")
     if grad.device.type != "cpu":
         grad = grad.cpu()
-    array: np.ndarray = grad.detach().reshape(-1).numpy()
+    array: np.ndarray = (grad.detach() if grad.requires_grad else grad).numpy().reshape(-1)
     return array

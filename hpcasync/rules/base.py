@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from hpcasync.errors import UsageError, unknown
-from hpcasync.kernels import BASES, HYPER, PLAN, fused_update
+from hpcasync.kernels import BASES, HYPER, PLAN, fused_update, team
 
 BASE_VECTORS: dict[str, tuple[str, ...]] = {
     "sgd": (),
@@ -259,9 +259,7 @@ class Rule:
             arrival: what ``arrive`` returned; 0 for a step of a worker's own copy without the shared one.
         """
         args = (state, start, grad, out, private, self.plan, self.tune(hyper, count, tau), count, tau, arrival)
-        if threads > 1:
-            from hpcasync.kernels import team
-
+        if threads > 1 and grad.size > team.CHUNK:
             team.update(threads, *args)
         else:
             fused_update(*args)
