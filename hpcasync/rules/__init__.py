@@ -8,7 +8,7 @@ from typing import Any
 
 from hpcasync.errors import UsageError, unknown
 from hpcasync.rules.apam import APAM
-from hpcasync.rules.asgd import ASGD
+from hpcasync.rules.asgd import ASGD, Plain
 from hpcasync.rules.base import Rule, Vector
 from hpcasync.rules.dc_asgd import DCASGD
 from hpcasync.rules.easgd import EAMSGD, EASGD
@@ -19,7 +19,7 @@ from hpcasync.rules.trend_smooth import TrendSmooth
 
 RULES: dict[str, type[Rule]] = {
     "asgd": ASGD,
-    "plain": ASGD,  # the same, by the name that fits the synchronous modes
+    "plain": Plain,
     "trend-smooth": TrendSmooth,
     "staleness-aware": StalenessAware,
     "dc-asgd": DCASGD,
@@ -61,5 +61,5 @@ def _find(name: str) -> type[Rule]:
     return RULES[name]
 
 
-__all__ = ["APAM", "ASGD", "DCASGD", "EAMSGD", "EASGD", "GSGM", "Hogwild", "StalenessAware", "TrendSmooth"]
+__all__ = ["APAM", "ASGD", "DCASGD", "EAMSGD", "EASGD", "GSGM", "Hogwild", "Plain", "StalenessAware", "TrendSmooth"]
 __all__ += ["RULES", "Rule", "Vector", "make_rule", "options_of"]

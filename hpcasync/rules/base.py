@@ -38,8 +38,8 @@ OPTION_BASES = {
 
 DEFAULT_LR = {
     "sgd": 0.05,
-    "momentum": 0.02,
-    "nesterov": 0.02,
+    "momentum": 0.01,
+    "nesterov": 0.01,
     "rmsprop": 5e-4,
     "adam": 5e-4,
     "adamw": 5e-4,
@@ -97,7 +97,7 @@ class Rule:
     A subclass says by class attributes what it asks of the store and of the mode: ``bases`` it runs on; ``lock_free``:
     shards are updated without locks, updates may be lost; ``in_turn``: a worker pushes once per round
     (``Store.may_push``); ``own_copy``: the worker's copy of ``w`` is its own and meets the shared one only in every
-    ``every``-th step; ``default_staleness``: the bound that ``Async`` sets when none is given.
+    ``every``-th step; ``default_staleness``: the bound that ``Async`` sets when none is given; ``default_lr``: by base.
 
     Attributes:
         lr: learning rate, > 0; ``None`` takes the default of the base.
@@ -116,6 +116,7 @@ class Rule:
     in_turn: ClassVar[bool] = False
     own_copy: ClassVar[bool] = False
     default_staleness: ClassVar[int | None] = None
+    default_lr: ClassVar[Mapping[str, float]] = DEFAULT_LR
     workers: ClassVar[int] = 1  # of the class; ``bind`` gives an instance its own
 
     lr: float | None = None
@@ -132,7 +133,7 @@ class Rule:
         if self.base not in self.bases:
             raise UsageError(f"rule {self.name!r} has base {' or '.join(self.bases)}, found {self.base!r}")
         if self.lr is None:
-            object.__setattr__(self, "lr", DEFAULT_LR[self.base])
+            object.__setattr__(self, "lr", self.default_lr[self.base])
         if isinstance(self.betas, list):
             object.__setattr__(self, "betas", tuple(self.betas))
         self.check_options(self.group_options())

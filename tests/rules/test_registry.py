@@ -32,7 +32,7 @@ def test_every_rule_takes_every_base(name: str, base: str) -> None:
             make_rule(name, {"base": base})
         return
     rule = make_rule(name, {"base": base, "lr": None})
-    assert rule.lr == DEFAULT_LR[base]
+    assert rule.lr == type(rule).default_lr[base]
     vectors = rule.private_vectors if rule.own_copy else rule.vectors
     assert [v.name for v in vectors][: len(BASE_VECTORS[base])] == list(BASE_VECTORS[base])
     assert rule.bind(3) == rule and rule.bind(3).workers == 3 and rule.workers == 1
