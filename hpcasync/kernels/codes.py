@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BASES = {"sgd": 0, "momentum": 1, "nesterov": 2, "rmsprop": 3, "adam": 4, "adamw": 5, "amsgrad": 6, "ema": 7}
+BASES = {"sgd": 0, "momentum": 1, "nesterov": 2, "rmsprop": 3, "adam": 4, "adamw": 5, "amsgrad": 6, "ema": 7, "adagrad": 8}
 """Codes of the base steps; their state vectors are named in ``hpcasync.rules.base``."""
 
 VARIANTS = {"none": 0, "opposed": 1, "opposed-strength": 2, "consistency": 3, "rate": 4}

@@ -56,6 +56,14 @@ def _rmsprop(d, g, s, lr, a, rest, eps):
 
 
 @njit(**_OPTIONS)
+def _adagrad(d, g, s, lr, eps):
+    """``s = s + g^2``; ``d = -lr g / (sqrt(s) + eps)``."""
+    for i in range(d.size):
+        s[i] = s[i] + g[i] * g[i]
+        d[i] = -lr * g[i] / (np.sqrt(s[i]) + eps)
+
+
+@njit(**_OPTIONS)
 def _moments(g, m, s, rest1, b2, rest2):
     """First and second moment of Adam, the first as torch's lerp."""
     for i in range(g.size):
@@ -162,6 +170,8 @@ def _base(plan, d, g, rows, first, lo, hi, h, count):
         _rmsprop(d, g, rows[first, lo:hi], lr, np.float32(h[3]), np.float32(1 - h[3]), np.float32(h[6]))
     elif code == 7:
         _ema(d, g, rows[first, lo:hi], lr, np.float32(h[2]), np.float32(1 - h[2]))
+    elif code == 8:
+        _adagrad(d, g, rows[first, lo:hi], lr, np.float32(h[6]))
     else:
         m = rows[first, lo:hi]
         s = rows[first + 1, lo:hi]

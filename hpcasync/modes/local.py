@@ -10,7 +10,7 @@ import torch
 
 from hpcasync.errors import UsageError
 from hpcasync.modes.flat import Source, check_dtypes, flat_grad, groups_of
-from hpcasync.rules import ASGD, Rule
+from hpcasync.rules import ASGD, Plain, Rule
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -84,7 +84,7 @@ def torch_optimizer(rule: Rule, params: Source) -> torch.optim.Optimizer:
     Raises:
         UsageError: no trainable parameter.
     """
-    if type(rule) is not ASGD or rule.base == "ema":
+    if type(rule) not in (ASGD, Plain) or rule.base == "ema":
         return RuleOptimizer(params, rule)
     groups, _, _ = groups_of(params)
     common: dict[str, Any] = {"lr": rule.lr, "weight_decay": rule.weight_decay}
@@ -96,6 +96,7 @@ def torch_optimizer(rule: Rule, params: Source) -> torch.optim.Optimizer:
         "momentum": lambda: optim.SGD(groups, **momentum),
         "nesterov": lambda: optim.SGD(groups, nesterov=True, **momentum),
         "rmsprop": lambda: optim.RMSprop(groups, alpha=rule.alpha, eps=rule.eps, **common),
+        "adagrad": lambda: optim.Adagrad(groups, eps=rule.eps, **common),
         "adam": lambda: optim.Adam(groups, **adam),
         "adamw": lambda: optim.AdamW(groups, **adam),
         "amsgrad": lambda: optim.Adam(groups, amsgrad=True, **adam),

@@ -24,6 +24,7 @@ BASE_VECTORS: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     "ema": ("momentum_buffer",),
+    "adagrad": ("sum",),
 }
 """State vectors of each base, named as torch names them in an optimizer's ``state_dict``."""
 
@@ -32,7 +33,7 @@ OPTION_BASES = {
     "momentum": ("momentum", "nesterov", "ema"),
     "alpha": ("rmsprop",),
     "betas": ADAM_BASES,
-    "eps": ("rmsprop", *ADAM_BASES),
+    "eps": ("rmsprop", "adagrad", *ADAM_BASES),
 }
 """The bases that use an option; with any other base it must stay at its default."""
 
@@ -45,6 +46,7 @@ DEFAULT_LR = {
     "adamw": 5e-4,
     "amsgrad": 5e-4,
     "ema": 0.05,
+    "adagrad": 0.01,
 }
 
 NO_VECTORS = np.zeros((0, 0), np.float32)

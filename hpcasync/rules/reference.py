@@ -39,6 +39,9 @@ def base_step(
         a = group["alpha"]
         s = state["square_avg"] = f32(a) * state["square_avg"] + f32(1 - a) * g * g
         return -lr * g / (np.sqrt(s) + eps), keep
+    if base == "adagrad":
+        s = state["sum"] = state["sum"] + g * g
+        return -lr * g / (np.sqrt(s) + eps), keep
     b1, b2 = group["betas"]
     m = state["exp_avg"] = state["exp_avg"] + f32(1 - b1) * (g - state["exp_avg"])
     s = state["exp_avg_sq"] = f32(b2) * state["exp_avg_sq"] + f32(1 - b2) * g * g

@@ -87,6 +87,7 @@ def test_torch_optimizer_of_other_rules_and_bad_ones() -> None:
     with pytest.raises(UsageError, match="nesterov with momentum 0"):
         torch_optimizer(rules.ASGD(base="nesterov", momentum=0.0), mlp())
     assert isinstance(torch_optimizer(rules.ASGD(base="ema"), mlp()), RuleOptimizer)
+    assert isinstance(torch_optimizer(rules.make_rule("plain", {"base": "momentum"}), mlp()), torch.optim.SGD)
     with pytest.raises(UsageError, match=r"'easgd' is about workers.*mode async"):
         torch_optimizer(rules.EASGD(), mlp())
     with pytest.raises(UsageError, match="float64"):

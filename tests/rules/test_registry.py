@@ -117,6 +117,7 @@ def test_ends_of_ranges_are_allowed(value: float) -> None:
     for base, options in (
         ("nesterov", {"momentum": value}),
         ("rmsprop", {"alpha": value, "eps": 0}),
+        ("adagrad", {"eps": 0}),
         ("adam", {"betas": (value, value), "eps": 0}),
     ):
         make_rule("trend-smooth", {"base": base, "beta": value, **options})
@@ -130,7 +131,7 @@ def test_ends_of_ranges_are_allowed(value: float) -> None:
         ("adam", "momentum", 0.0, "momentum, nesterov, ema"),
         ("momentum", "betas", (0.9, 0.99), "adam, adamw, amsgrad"),
         ("adam", "alpha", 0.9, "rmsprop"),
-        ("sgd", "eps", 1e-6, "rmsprop, adam"),
+        ("sgd", "eps", 1e-6, "rmsprop, adagrad, adam"),
     ],
 )
 def test_an_option_that_the_base_does_not_use(base: str, name: str, value: Any, belongs: str) -> None:

@@ -30,6 +30,9 @@ CASES: list[tuple[str, dict[str, Any], Maker]] = [
     ("rmsprop", dict(lr=0.01, alpha=0.9), lambda p: optim.RMSprop(p, 0.01, 0.9)),
     ("rmsprop", dict(lr=0.01, eps=1e-3, weight_decay=0.1),
      lambda p: optim.RMSprop(p, 0.01, eps=1e-3, weight_decay=0.1)),
+    ("adagrad", dict(lr=0.1), lambda p: optim.Adagrad(p, 0.1, eps=1e-8)),
+    ("adagrad", dict(lr=0.01, eps=1e-3, weight_decay=0.1),
+     lambda p: optim.Adagrad(p, 0.01, eps=1e-3, weight_decay=0.1)),
     ("adam", dict(lr=0.01), lambda p: optim.Adam(p, 0.01)),
     ("adam", dict(lr=0.01, betas=(0.8, 0.95), eps=1e-4, weight_decay=0.1),
      lambda p: optim.Adam(p, 0.01, (0.8, 0.95), 1e-4, 0.1)),
@@ -91,7 +94,7 @@ NEUTRAL = [
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("options", NEUTRAL, ids=str)
-@pytest.mark.parametrize("base", ["sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw", "amsgrad"])
+@pytest.mark.parametrize("base", ["sgd", "momentum", "nesterov", "rmsprop", "adagrad", "adam", "adamw", "amsgrad"])
 def test_trend_smooth_without_shrinkage_is_asgd(base: str, options: dict[str, Any], masked: bool) -> None:
     w, grads = problem(1)
     plain = run(ASGD(base=base, lr=0.05, weight_decay=0.01), w, grads)
