@@ -227,6 +227,10 @@ class MpiRun:
         env.update(extra or {})
         return env
 
+    def _command(self, command: list[str], n: int, launcher: Sequence[str]) -> list[str]:
+        """What starts ``command`` on n ranks."""
+        return [str(self.lane.mpiexec), *self.lane.flags, *launcher, "-n", str(n), *command]
+
     def _run(
         self,
         command: list[str],
@@ -238,7 +242,7 @@ class MpiRun:
         cwd: Path | None,
     ) -> subprocess.CompletedProcess[str]:
         if n is not None:
-            command = [str(self.lane.mpiexec), *self.lane.flags, *launcher, "-n", str(n), *command]
+            command = self._command(command, n, launcher)
         self.last_token = uuid.uuid4().hex
         # Files, not pipes: a rank that outlives mpiexec would keep a pipe open, and the reader waiting.
         logs = [self.folder / f"run{self._count}.{name}" for name in ("out", "err")]
