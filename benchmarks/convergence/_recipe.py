@@ -1,30 +1,28 @@
-"""What the convergence recipes share: a grid of learning rates, seeds in parallel, resumable runs, tables, claims.
+"""What the convergence recipes share: cells, the choice of each method's rate, summaries, claims, tables.
 
-A recipe is a list of cells (a setting: data, model, workers, base) with methods in it. Every method of a cell runs over the
-cell's one grid of learning rates with the tuning seeds; its best rate, by mean final test accuracy, then runs with the final
-seeds, which are others. Each run is kept as one JSON file named by a hash of its keys: a recipe that was stopped goes on where
-it was. All runs are simulated (``hpcasync.simulate``): virtual workers, real gradients on real data.
+A recipe is a list of cells (a setting: data, model, workers, base) with methods in it. Every method of a cell tries the cell's
+one grid of learning rates, and its own alternatives where it has some, with the first tuning seed; the best two also with the
+second. The best by the mean over both then runs with the final seeds, which are others. All runs are simulated
+(``hpcasync.simulate``): virtual workers, real gradients on real data.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
-import json
-import multiprocessing
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from _pictures import curves, panels
+from _runs import Keys, Run, Runner
 
 REPO = Path(__file__).resolve().parents[2]
-TUNING_SEEDS = (100,)
+TUNING_SEEDS = (100, 101)
 FINAL_SEEDS = (0, 1, 2, 3, 4)
+SECOND_LOOK = 2  # settings of a method that see the second tuning seed
 
 
 @dataclass(frozen=True)
@@ -33,15 +31,18 @@ class Cell:
 
     Attributes:
         name: of the cell.
-        common: keys of ``hpcasync simulate`` that all methods share.
-        methods: name of a method -> its own keys.
+        common: keys of a run that all methods share.
+        methods: name of a method -> its own keys, or several alternatives of which the best is taken. ``scale`` among them
+            is a factor on the grid, for a method whose learning rate has another unit.
         grid: learning rates, the same for every method.
+        place: where the cell stands in the summary picture and table: its panel's name and its x.
     """
 
     name: str
-    common: Mapping[str, Any]
-    methods: Mapping[str, Mapping[str, Any]]
+    common: Keys
+    methods: Mapping[str, Keys | Sequence[Keys]]
     grid: Sequence[float]
+    place: tuple[str, float] = ("", 0)
 
 
 @dataclass
@@ -51,16 +52,20 @@ class Summary:
     ``accuracy`` of the last evaluation, ``unrest`` the standard deviation of the accuracy over the last half of the evaluations,
     ``jump`` the mean |acc_t - acc_(t-1)| over all of them, ``area`` the mean training loss over the run (lower: faster per
     update); each a list with one entry per seed, accuracies in %. ``diverged``: final accuracy below twice chance or not finite.
+    ``edge``: the best rate is the first or last of the grid, so a better one may lie outside.
     """
 
     method: str
     lr: float
+    edge: bool = False
+    chosen: Keys = field(default_factory=dict)
     accuracy: list[float] = field(default_factory=list)
     unrest: list[float] = field(default_factory=list)
     jump: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     area: list[float] = field(default_factory=list)
     staleness: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     curves: list[np.ndarray] = field(default_factory=list)
     diverged: int = 0
 
@@ -74,127 +79,191 @@ class Summary:
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-Claim = Callable[[dict[str, dict[str, Summary]]], list[tuple[str, bool, str]]]
-"""From cell -> method -> summary to lines: (what is claimed, held, the numbers)."""
+Table = dict[str, dict[str, Summary]]
+"""Cell -> method -> summary."""
+Line = tuple[str, bool, str]
+"""What is claimed ("cell: claim"), held, the numbers."""
+Claim = Callable[[Table], list[Line]]
 
 
-def main(name: str, cells: Sequence[Cell], quick: Sequence[Cell], claims: Claim) -> None:
-    """The command line of a recipe."""
+def above(claim: str, ours: Summary, theirs: Summary, column: str = "accuracy", *, less: float = 0.0) -> Line:
+    """The claim that our mean is above theirs less a margin, with the standard error of the difference, paired by seed."""
+    return _line(claim, np.array(getattr(ours, column)) - getattr(theirs, column) + less, ours, theirs, column)
+
+
+def below(claim: str, ours: Summary, theirs: Summary, column: str, *, factor: float = 1.0) -> Line:
+    """The claim that our mean is below ``factor`` times theirs."""
+    return _line(claim, factor * np.array(getattr(theirs, column)) - getattr(ours, column), ours, theirs, column)
+
+
+def _line(claim: str, ahead: np.ndarray, ours: Summary, theirs: Summary, column: str) -> Line:
+    error = ahead.std(ddof=1) / np.sqrt(len(ahead)) if len(ahead) > 1 else np.inf
+    sure = "clear" if abs(ahead.mean()) > 2 * error else "within noise"
+    digits = 3 if column in ("area", "loss") else 2
+    numbers = f"{ours.mean(column):.{digits}f} against {theirs.mean(column):.{digits}f}, {sure}"
+    return claim, bool(ahead.mean() > 0), numbers
+
+
+def main(
+    name: str,
+    cells: Sequence[Cell],
+    quick: Sequence[Cell],
+    claims: Claim,
+    extra: Callable[[Table, Sequence[Cell], Path], str] | None = None,
+    xlabel: str = "workers",
+) -> None:
+    """The command line of a recipe.
+
+    Args:
+        name: of the folder of results.
+        cells: of the whole recipe, the most important ones first.
+        quick: cells of the smoke run.
+        claims: what is to be checked.
+        extra: further Markdown and pictures of the results: told the table, the cells and the folder.
+        xlabel: of the summary picture.
+    """
     parser = argparse.ArgumentParser(description=f"Convergence recipe {name}: resumable; see _recipe.py.")
     parser.add_argument("--quick", action="store_true", help="a smoke run on the embedded digits, minutes at most")
     parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "convergence" / "results" / name)
     parser.add_argument("--cells", nargs="*", help="only these")
+    parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop starting runs after so long; run again to go on")
     args = parser.parse_args()
     chosen = quick if args.quick else [c for c in cells if not args.cells or c.name in args.cells]
-    final = FINAL_SEEDS[:2] if args.quick else FINAL_SEEDS
-    runner = _Runner(args.output / "runs", args.processes, args.minutes)
-    table: dict[str, dict[str, Summary]] = {}
+    if args.list:
+        print("\n".join(c.name for c in chosen))
+        return
+    seeds = FINAL_SEEDS[:2] if args.quick else FINAL_SEEDS
+    runner = Runner(args.output / "runs", args.processes, args.minutes)
+    table: Table = {}
     for cell in chosen:
-        found = _cell(cell, runner, final)
+        found = _cell(cell, runner, seeds)
         if found is None:
-            print(f"{cell.name}: not finished; run again to go on")
+            print(f"{cell.name}: not finished; run again to go on", flush=True)
             continue
         table[cell.name] = found
         print(_markdown(cell.name, found), flush=True)
     lines = claims(table)
-    text = "\n".join(f"- {'held' if held else 'NOT held'}: {what} ({numbers})" for what, held, numbers in lines)
-    print(text)
+    print("\n".join(_told(line) for line in lines))
     args.output.mkdir(parents=True, exist_ok=True)
     _write_csv(args.output / "table.csv", table)
-    _plot(args.output / "curves.png", table)
-    body = "\n\n".join(_markdown(c, found) for c, found in table.items())
-    (args.output / "table.md").write_text(f"{body}\n\n{text}\n")
+    parts = [_tally(lines), _pivot(table, chosen)]
+    if extra is not None:
+        parts.append(extra(table, chosen, args.output))
+    parts += [_markdown(c, found) for c, found in table.items()]
+    parts.append("\n".join(_told(line) for line in lines))
+    (args.output / "table.md").write_text("\n\n".join(p for p in parts if p) + "\n")
+    curves(args.output / "curves.png", {c: {m: (s.lr, s.curves) for m, s in found.items()} for c, found in table.items()})
+    placed = {c.name: c.place for c in chosen if c.place[0] and c.name in table}
+    panels(args.output / "summary.png", _panels(table, placed), xlabel)
 
 
-def _cell(cell: Cell, runner: _Runner, seeds: Sequence[int]) -> dict[str, Summary] | None:
-    tuning = {
-        (m, lr): [_keys(cell, m, lr, s) for s in TUNING_SEEDS] for m in cell.methods for lr in cell.grid
-    }
-    done = runner.run([k for keys in tuning.values() for k in keys])
-    if done is None:
-        return None
-    best = {}
-    for method in cell.methods:
-        score = {lr: np.mean([_final(done[_hash(k)]) for k in tuning[method, lr]]) for lr in cell.grid}
-        best[method] = max(cell.grid, key=lambda lr, score=score: score[lr])
-    finals = {m: [_keys(cell, m, best[m], s) for s in seeds] for m in cell.methods}
-    done = runner.run([k for keys in finals.values() for k in keys])
-    if done is None:
-        return None
-    return {m: _summary(m, best[m], [done[_hash(k)] for k in finals[m]]) for m in cell.methods}
+def _cell(cell: Cell, runner: Runner, seeds: Sequence[int]) -> dict[str, Summary] | None:
+    tries = {m: [(keys, lr) for keys in _alternatives(own) for lr in cell.grid] for m, own in cell.methods.items()}
 
-
-def _keys(cell: Cell, method: str, lr: float, seed: int) -> dict[str, Any]:
-    return {**cell.common, **cell.methods[method], "lr": lr, "seed": seed}
-
-
-def _hash(keys: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class _Runner:
-    """Runs simulations that have no result yet, several at a time."""
-
-    def __init__(self, folder: Path, processes: int, minutes: float) -> None:
-        self.folder, self.processes = folder, processes
-        self.end = time.monotonic() + 60 * minutes
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def run(self, all_keys: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]] | None:
-        """The results by hash; None when the time is up before all are there."""
-        todo = [(k, self.folder / f"{_hash(k)}.json", self.end) for k in all_keys]
-        todo = [t for t in todo if not t[1].exists()]
-        if todo:
-            with multiprocessing.get_context("spawn").Pool(self.processes) as pool:
-                for _ in pool.imap_unordered(_one, todo):
-                    pass
-        files = {_hash(k): self.folder / f"{_hash(k)}.json" for k in all_keys}
-        if not all(f.exists() for f in files.values()):
+    def score(settings: Mapping[str, list[tuple[Keys, float]]], seed: int) -> dict[str, list[float]] | None:
+        runs = runner.run([_keys(cell, keys, lr, seed) for all_ in settings.values() for keys, lr in all_])
+        if runs is None:
             return None
-        return {h: json.loads(f.read_text()) for h, f in files.items()}
+        scores = iter([_score(run) for run in runs])
+        return {m: [next(scores) for _ in all_] for m, all_ in settings.items()}
+
+    first = score(tries, TUNING_SEEDS[0])
+    if first is None:
+        return None
+    order = {m: np.argsort(first[m])[::-1][:SECOND_LOOK].tolist() for m in tries}
+    second = score({m: [tries[m][i] for i in order[m]] for m in tries}, TUNING_SEEDS[1])
+    if second is None:
+        return None
+    best = {m: tries[m][max(zip(order[m], second[m], strict=True), key=lambda p, m=m: first[m][p[0]] + p[1])[0]] for m in tries}
+    runs = runner.run([_keys(cell, keys, lr, seed) for keys, lr in best.values() for seed in seeds])
+    if runs is None:
+        return None
+    shares = iter(runs)
+    found = {}
+    for method, (keys, lr) in best.items():
+        edge = len(cell.grid) > 1 and lr in (cell.grid[0], cell.grid[-1])
+        summary = Summary(method, lr * keys.get("scale", 1), edge, keys if len(_alternatives(cell.methods[method])) > 1 else {})
+        found[method] = summarise(summary, [next(shares) for _ in seeds])
+    return found
 
 
-def _one(task: tuple[dict[str, Any], Path, float]) -> None:
-    keys, path, end = task
-    if time.monotonic() > end:
-        return
-    import torch
-
-    from hpcasync.data.atomic import replacing
-    from hpcasync.simulate.config import make_simulate_config
-    from hpcasync.simulate.run import simulate
-
-    torch.set_num_threads(1)
-    outcome = simulate(make_simulate_config(keys), records=False, shown=False)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"keys": keys, "result": outcome.result, "curve": outcome.curve}))
+def _alternatives(own: Keys | Sequence[Keys]) -> Sequence[Keys]:
+    return [own] if isinstance(own, Mapping) else own
 
 
-def _final(run: Mapping[str, Any]) -> float:
-    accuracy = run["result"]["test_accuracy"]
-    return accuracy if np.isfinite(run["result"]["test_loss"]) else 0.0
+def _keys(cell: Cell, own: Keys, lr: float, seed: int) -> Keys:
+    keys = {**cell.common, **own, "seed": seed}
+    return {**keys, "lr": lr * keys.pop("scale", 1)}
 
 
-def _summary(method: str, lr: float, runs: Sequence[Mapping[str, Any]]) -> Summary:
-    summary = Summary(method, lr)
+def _score(run: Run) -> float:
+    """Mean accuracy over the last quarter of the evaluations: less a matter of chance than the last one; 0 if it diverged."""
+    last = [row["test_accuracy"] for row in run["curve"]][-max(1, len(run["curve"]) // 4) :]
+    return float(np.mean(last)) if np.isfinite(run["result"]["test_loss"]) else 0.0
+
+
+def summarise(summary: Summary, runs: Sequence[Run]) -> Summary:
+    """Fill in a summary from its runs."""
     for run in runs:
+        final = run["result"]["test_accuracy"] if np.isfinite(run["result"]["test_loss"]) else 0.0
         curve = 100 * np.array([row["test_accuracy"] for row in run["curve"]])
         summary.curves.append(np.stack([[row["epoch"] for row in run["curve"]], curve]))
         # An evaluation right after another has no training loss of its own.
         losses = np.array([row["train_loss"] for row in run["curve"] if row["train_loss"] == row["train_loss"]])
-        summary.accuracy.append(100 * _final(run))
+        summary.accuracy.append(100 * final)
         summary.unrest.append(float(curve[len(curve) // 2 :].std()))
         summary.jump.append(float(np.abs(np.diff(curve)).mean()) if len(curve) > 1 else 0.0)
-        summary.loss.append(float(losses[-1]))
-        summary.area.append(float(losses.mean()))
-        summary.staleness.append(run["result"]["staleness"]["mean"])
-        summary.diverged += _final(run) < 0.2
+        summary.loss.append(float(losses[-1]) if losses.size else float("nan"))
+        summary.area.append(float(losses.mean()) if losses.size else float("nan"))
+        summary.staleness.append(run["result"]["staleness"]["mean"] or 0.0)
+        summary.seconds.append(run["result"]["virtual_seconds"])
+        summary.diverged += final < 0.2
     return summary
 
 
-_COLUMNS = ("accuracy", "unrest", "jump", "loss", "area", "staleness")
+_COLUMNS = ("accuracy", "unrest", "jump", "loss", "area", "staleness", "seconds")
+
+
+def _told(line: Line) -> str:
+    claim, held, numbers = line
+    return f"- {'held' if held else 'NOT held'}: {claim} ({numbers})"
+
+
+def _tally(lines: Sequence[Line]) -> str:
+    """How often each claim held over the cells, and in which it did not."""
+    kinds: dict[str, list[Line]] = {}
+    for line in lines:
+        kinds.setdefault(line[0].partition(": ")[2], []).append(line)
+    rows = ["| claim | held | clearly | NOT held in |", "|---|---|---|---|"]
+    for kind, all_ in kinds.items():
+        failed = "; ".join(f"{c.partition(': ')[0]} ({n})" for c, held, n in all_ if not held) or "-"
+        clear = sum(held and "within noise" not in n for _, held, n in all_)
+        rows.append(f"| {kind} | {sum(held for _, held, _ in all_)} of {len(all_)} | {clear} | {failed} |")
+    return "\n".join(rows) if kinds else ""
+
+
+def _panels(table: Table, placed: Mapping[str, tuple[str, float]]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
+    found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for cell, (panel, x) in placed.items():
+        for m, s in table[cell].items():
+            found.setdefault(panel, {}).setdefault(m, []).append((x, s.mean("accuracy"), s.spread("accuracy")))
+    return found
+
+
+def _pivot(table: Table, cells: Sequence[Cell]) -> str:
+    """Final accuracies, a row per panel and method, a column per x."""
+    placed = {c.name: c.place for c in cells if c.place[0] and c.name in table}
+    if len(placed) < 2:
+        return ""
+    columns = sorted({x for _, x in placed.values()})
+    rows = [f"| setting | method | {' | '.join(f'{x:g}' for x in columns)} |", "|---|---" + "|---" * len(columns) + "|"]
+    for panel, methods in _panels(table, placed).items():
+        for m, points in methods.items():
+            at = {x: f"{mean:.2f} ± {sd:.2f}" for x, mean, sd in points}
+            rows.append(f"| {panel} | {m} | {' | '.join(at.get(x, '') for x in columns)} |")
+    return "\n".join(rows)
 
 
 def _markdown(cell: str, table: Mapping[str, Summary]) -> str:
@@ -202,6 +271,7 @@ def _markdown(cell: str, table: Mapping[str, Summary]) -> str:
     columns += ("staleness", "diverged")
     lines = [f"**{cell}**", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for s in table.values():
+        chosen = ", ".join(f"{k} {v}" for k, v in s.chosen.items() if k not in ("rule", "base", "scale"))
         cells = [
             f"{s.mean('accuracy'):.2f} ± {s.spread('accuracy'):.2f}",
             f"{s.mean('unrest'):.2f} ± {s.spread('unrest'):.2f}",
@@ -211,35 +281,18 @@ def _markdown(cell: str, table: Mapping[str, Summary]) -> str:
             f"{s.mean('staleness'):.1f}",
             f"{s.diverged} of {len(s.accuracy)}",
         ]
-        lines.append(f"| {s.method} | {s.lr:g} | {' | '.join(cells)} |")
+        name = f"{s.method} ({chosen})" if chosen else s.method
+        lines.append(f"| {name} | {s.lr:g}{' (edge)' if s.edge else ''} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _plot(path: Path, table: Mapping[str, Mapping[str, Summary]]) -> None:
-    """Test accuracy against epochs, a panel per cell: mean over the seeds, and a band of one standard deviation."""
-    from matplotlib.figure import Figure
-
-    if not table:
-        return
-    figure = Figure(figsize=(9, 4.5 * len(table)), layout="constrained")
-    for axis, (cell, methods) in zip(figure.subplots(len(table), 1, squeeze=False).flat, table.items(), strict=True):
-        for s in methods.values():
-            points = min(c.shape[1] for c in s.curves)
-            x, y = s.curves[0][0, :points], np.array([c[1, :points] for c in s.curves])
-            (line,) = axis.plot(x, y.mean(0), label=f"{s.method}, lr {s.lr:g}")
-            axis.fill_between(x, y.mean(0) - y.std(0), y.mean(0) + y.std(0), color=line.get_color(), alpha=0.15, linewidth=0)
-        top = max(s.mean("accuracy") for s in methods.values())
-        axis.set(title=cell, xlabel="epoch", ylabel="test accuracy, %", ylim=(max(0, top - 30), min(100, top + 3)))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-
-
-def _write_csv(path: Path, table: Mapping[str, Mapping[str, Summary]]) -> None:
+def _write_csv(path: Path, table: Table) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["cell", "method", "lr", "seeds", "diverged", *(f"{c}_{k}" for c in _COLUMNS for k in ("mean", "sd"))])
+        head = ["cell", "method", "lr", "edge", "chosen", "seeds", "diverged"]
+        writer.writerow([*head, *(f"{c}_{k}" for c in _COLUMNS for k in ("mean", "sd"))])
         for cell, methods in table.items():
             for s in methods.values():
                 numbers = [f"{f(c):.6g}" for c in _COLUMNS for f in (s.mean, s.spread)]
-                writer.writerow([cell, s.method, s.lr, len(s.accuracy), s.diverged, *numbers])
+                chosen = " ".join(f"{k}={v}" for k, v in s.chosen.items())
+                writer.writerow([cell, s.method, f"{s.lr:g}", int(s.edge), chosen, len(s.accuracy), s.diverged, *numbers])

@@ -1,0 +1,89 @@
+"""Runs of the recipes: one JSON file per run, named by a hash of its keys, several at a time; what is there is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Keys = Mapping[str, Any]
+"""Keys of ``hpcasync simulate``, and ``samples``: train on so many only, the first of the data set."""
+Run = dict[str, Any]
+"""A finished run: its ``keys``, ``result`` (of ``--json``) and ``curve`` (a row per evaluation)."""
+
+
+def name_of(keys: Keys) -> str:
+    """The name of the run with these keys."""
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cut(data: str, samples: int) -> Path:
+    """The data set with only its first ``samples`` training samples and the whole test set; kept in the cache.
+
+    MNIST and Fashion-MNIST come shuffled, so their first samples hold all classes.
+    """
+    from hpcasync.data import Arrays, open_dataset, write_dataset
+    from hpcasync.data.resolve import cache_folder
+
+    path = cache_folder() / f"{data}-first-{samples}.h5"
+    if not path.exists():
+        full = open_dataset(data)
+        train = {f"train_{k}": full.array(f"train/{k}")[:samples] for k in "xy"}
+        test = {f"test_{k}": full.array(f"test/{k}") for k in "xy"}
+        arrays = Arrays(**train, **test, name=path.stem, classes=full.classes, source=full.header.source)
+        write_dataset(path, arrays, overwrite=True)  # another process may have been faster; the bytes are the same
+    return path
+
+
+class Runner:
+    """Simulates what has no file yet.
+
+    Args:
+        folder: of the files.
+        processes: at a time; 1 stays in this process.
+        minutes: after which no further run is started.
+    """
+
+    def __init__(self, folder: Path, processes: int, minutes: float) -> None:
+        self.folder, self.processes = folder, processes
+        self.end = time.monotonic() + 60 * minutes
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, wanted: Sequence[Keys]) -> list[Run] | None:
+        """The runs with these keys, in order; None when the time is up before all are there."""
+        files = [self.folder / f"{name_of(keys)}.json" for keys in wanted]
+        todo = {f: (keys, f, self.end) for keys, f in zip(wanted, files, strict=True) if not f.exists()}
+        if self.processes == 1:
+            for task in todo.values():
+                _one(task)
+        elif todo:
+            with multiprocessing.get_context("spawn").Pool(self.processes) as pool:
+                for _ in pool.imap_unordered(_one, todo.values()):
+                    pass
+        if not all(f.exists() for f in files):
+            return None
+        return [json.loads(f.read_text()) for f in files]
+
+
+def _one(task: tuple[Keys, Path, float]) -> None:
+    keys, path, end = task
+    if time.monotonic() > end:
+        return
+    import torch
+
+    from hpcasync.data.atomic import replacing
+    from hpcasync.simulate.config import make_simulate_config
+    from hpcasync.simulate.run import simulate
+
+    torch.set_num_threads(1)
+    own = dict(keys)
+    samples = own.pop("samples", None)
+    if samples is not None:
+        own["data"] = str(cut(own["data"], samples))
+    outcome = simulate(make_simulate_config(own), records=False, shown=False)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"keys": dict(keys), "result": outcome.result, "curve": outcome.curve}))
