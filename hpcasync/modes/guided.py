@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hpcasync.errors import UsageError
 from hpcasync.modes.asynchronous import Async
+from hpcasync.modes.batch_memory import BatchMemory, most_replays
 from hpcasync.modes.sync import Sync
-
-MOST_REPLAYS = 4
 
 
 class Guided:
@@ -55,8 +54,7 @@ class Guided:
     ) -> None:
         if not isinstance(mode, (Async, Sync)):
             raise UsageError(f"Guided wraps a Sync or an Async; found {type(mode).__name__}")
-        if rho is not None and (isinstance(rho, bool) or not isinstance(rho, int) or rho < 2):
-            raise UsageError(f"rho={rho!r}: expected a whole number >= 2, or None for unguided")
+        self._memory: BatchMemory[Any] | None = None if rho is None else BatchMemory(rho)
         found = mode.world.gather(rho)
         if any(r != found[0] for r in found):
             raise UsageError(f"rho differs between the ranks: {found}; give all the same")
@@ -66,9 +64,6 @@ class Guided:
         self.last_replayed: tuple[int, ...] = ()
         self._loss = loss
         self._verification = verification
-        self._memory: list[tuple[int, Any]] = []
-        self._psi: list[float] = []
-        self._before = float("nan")  # verification loss after the last update; first used when two batches are remembered
         self._steps = 0
 
     def step(self, batch: Any) -> Tensor:
@@ -79,18 +74,15 @@ class Guided:
         """
         self._steps += 1
         loss = self._update(batch)
-        if self.rho is None:
+        memory = self._memory
+        if memory is None:
             return loss
-        self._memory.append((self._steps, batch))
-        self._psi.append(0.0)
+        memory.add(self._steps, batch)
         with self._scoring():
             now = self._agreed(self._evaluate(self._verification))
-            sign = 1.0 if now < self._before else -1.0
-            for h, (_, old) in enumerate(self._memory[:-1]):
-                self._psi[h] += sign * (self._before - self._evaluate(old))
-        self._before = now
-        if len(self._memory) == self.rho:
-            self._replay()
+            memory.score(now, [self._evaluate(old) for old in memory.older])
+        if memory.full:
+            self._replay(memory)
         return loss
 
     def synchronize(self) -> None:
@@ -99,7 +91,8 @@ class Guided:
 
     def close(self) -> None:
         """As of the wrapped optimizer. Collective."""
-        self._memory, self._psi = [], []
+        if self._memory is not None:
+            self._memory.clear()
         self.mode.close()
 
     def _update(self, batch: Any) -> Tensor:
@@ -109,13 +102,9 @@ class Guided:
         self.mode.step()
         return loss.detach()
 
-    def _replay(self) -> None:
-        assert self.rho is not None
-        most = min(MOST_REPLAYS, self.rho // 2)
-        # A stable sort: of equals the older comes first. NaN is not > 0.
-        best = sorted((h for h, psi in enumerate(self._psi) if psi > 0), key=lambda h: -self._psi[h])[:most]
-        chosen = [self._memory[h] for h in best]
-        for i in range(self._most(len(chosen), most)):
+    def _replay(self, memory: BatchMemory[Any]) -> None:
+        chosen = memory.take()
+        for i in range(self._most(len(chosen), most_replays(memory.rho))):
             if i < len(chosen):
                 self._update(chosen[i][1])
                 self.gradients += 1
@@ -124,7 +113,6 @@ class Guided:
                 self.mode.step()
             self.replays += 1
         self.last_replayed = tuple(step for step, _ in chosen)
-        self._memory, self._psi = [], []
 
     def _evaluate(self, batch: Any) -> float:
         self.evaluations += 1
