@@ -16,7 +16,7 @@ LAYERS = [
     {"store"},
     {"modes"},
     {"train"},
-    {"simulate"},
+    {"simulate", "slurm"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

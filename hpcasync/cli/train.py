@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
-from hpcasync.train.config import OPTIONS, Option, make_config, read_config, rule_options
+from hpcasync.train.config import OPTIONS, Option, TrainConfig, make_config, read_config, rule_options
 
 
 def add(commands: Any) -> None:
@@ -29,8 +30,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then show the table, and the JSON line if asked."""
-    flags = {k: v for k, v in vars(args).items() if k not in ("command", "run", "config", "json")}
-    config = make_config(read_config(args.config) if args.config else {}, flags)
+    config = config_of(args)
 
     from hpcasync.comm import init
     from hpcasync.train.loop import train
@@ -46,6 +46,16 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print(to_json(outcome.result), flush=True)
     return 0
+
+
+def config_of(args: argparse.Namespace, workers: Callable[[], int] | None = None) -> TrainConfig:
+    """The configuration that parsed arguments ask for; ``workers`` as in `make_config`.
+
+    Raises:
+        UsageError: as `make_config` and `read_config`.
+    """
+    flags = {k: v for k, v in vars(args).items() if k not in ("command", "run", "config", "json")}
+    return make_config(read_config(args.config) if args.config else {}, flags, workers=workers)
 
 
 def add_flag(group: Any, option: Option) -> None:

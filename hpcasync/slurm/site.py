@@ -1,0 +1,116 @@
+"""What one site wants of a batch script, read from its profile."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hpcasync.errors import UsageError, unknown
+
+FILES = Path(__file__).with_name("files")
+"""The template and the profiles: the folder ``slurm`` of the repository."""
+
+NEEDS = ("account", "partition", "qos")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One site.
+
+    Attributes:
+        description: one line for people.
+        needs: which of account, partition and qos a job is refused without.
+        gpus_per_node: GPUs of a node, and so its ranks; 0 where that is not known.
+        cpus_per_rank: as Slurm counts CPUs; 0 leaves it to Slurm.
+        threads_per_core: how many of those CPUs are one core.
+        mpi: ``--mpi`` of srun; ``"auto"`` asks the MPI library, empty leaves the site's default.
+        local: folder on a disk of the node's own; the shell expands it.
+        broadcast: copy the environment there first.
+        setup: lines of shell before anything else.
+        sbatch: options of sbatch.
+        srun: options of srun.
+        environment: variables of the job; the shell expands them.
+        rank_environment: variables of each rank, such as its GPU, expanded on the rank.
+    """
+
+    description: str
+    needs: list[str] = field(default_factory=list)
+    gpus_per_node: int = 0
+    cpus_per_rank: int = 0
+    threads_per_core: int = 1
+    mpi: str = "auto"
+    local: str = "/tmp"
+    broadcast: bool = False
+    setup: list[str] = field(default_factory=list)
+    sbatch: dict[str, str | int | bool] = field(default_factory=dict)
+    srun: dict[str, str | int | bool] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    rank_environment: dict[str, str] = field(default_factory=dict)
+
+
+def site_names() -> list[str]:
+    """The sites that come with the package."""
+    return sorted(path.stem for path in FILES.glob("*.toml"))
+
+
+def read_site(name: str) -> Site:
+    """The profile of a site that is known by ``name``, or of the file of that path.
+
+    Raises:
+        UsageError: an unknown name, no such file, not TOML, an unknown key, a value of another type.
+    """
+    if name.endswith(".toml") or "/" in name:
+        return _read(Path(name))
+    wanted = name.strip().lower().replace("_", "-")
+    if wanted not in site_names():
+        raise unknown("site", name, site_names(), "A profile of your own: --site ./mine.toml.")
+    return _read(FILES / f"{wanted}.toml")
+
+
+def _read(path: Path) -> Site:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        keys: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--site {path}: {error.strerror}; expected a profile as in docs/slurm.md, or a known name") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--site {path}: not TOML ({error})") from error
+    known = {f.name: f for f in dataclasses.fields(Site)}
+    for key, value in keys.items():
+        if key not in known:
+            raise unknown("key", key, known, f"It stands in {path}.")
+        _check(path, key, value, str(known[key].type))
+    if "description" not in keys:
+        raise UsageError(f"--site {path}: 'description' is missing; expected one line about the site")
+    for need in keys.get("needs", []):
+        if need not in NEEDS:
+            raise unknown("need", need, NEEDS, f"It stands in {path}.")
+    return Site(**keys)
+
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "str": (str, "a text"),
+    "int": (int, "a whole number"),
+    "bool": (bool, "true or false"),
+    "list": (list, "a list of texts"),
+    "dict": (dict, "a table"),
+}
+
+
+def _check(path: Path, key: str, value: Any, annotation: str) -> None:
+    kind, words = _KINDS[annotation.split("[")[0]]
+    good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is list:
+        good = good and all(isinstance(v, str) for v in value)
+    elif kind is dict:
+        plain = str if annotation == "dict[str, str]" else (str, int, bool)
+        good = good and all(isinstance(v, plain) for v in value.values())
+        words = "a table of texts" if plain is str else "a table of texts, numbers and true or false"
+    if not good:
+        raise UsageError(f"--site {path}: {key} = {value!r}: expected {words}")
