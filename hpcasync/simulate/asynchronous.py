@@ -15,6 +15,7 @@ from hpcasync.errors import UsageError
 from hpcasync.kernels import block_update
 from hpcasync.modes.interval import interval_at, parse_every
 from hpcasync.simulate.config import SimulateConfig
+from hpcasync.simulate.delay import Delay
 from hpcasync.simulate.simulation import Simulation
 from hpcasync.simulate.worker import Phase, Virtual
 from hpcasync.store import IDLE
@@ -41,6 +42,9 @@ class Asynchronous(Simulation):
         self._free = [np.zeros(len(self.layout.shards)) for _ in self.stores]
         if alone and self.rule.own_copy:
             raise UsageError(f"rule {self.rule.name!r} ties asynchronous workers to a shared centre; use mode async")
+        if config.delay and self.rule.own_copy:
+            raise UsageError(f"--delay: rule {self.rule.name!r} computes at copies that are the workers' own")
+        self._delay = Delay(self.stores[0], config.delay, config.seed) if config.delay else None
         given = config.staleness
         self._bound = None if alone else self.rule.default_staleness if given is None else given
         self._discard = getattr(self.rule, "out_of_turn", "hold") == "discard"
@@ -91,12 +95,14 @@ class Asynchronous(Simulation):
     def _read(self, worker: Virtual, start: float) -> None:
         """The copy is what the worker computes with from ``start`` on: its next push is determined."""
         worker.phase = Phase.BUSY
+        if self._delay is not None:
+            self._delay.age(worker.view, worker.out)
         worker.computing = worker.times.next()
         there, back = self._transfer_at(worker, 0), self._transfer_at(worker, -1)
         worker.communicate += back
         when = start + back + worker.computing + there
         heapq.heappush(self._events, (when, _ARRIVE, worker.index, worker.life, False))
-        self.gradients.request(worker.index, worker.batches[worker.step])
+        self.gradients.request(worker.index, worker.replays[0] if worker.replays else worker.batches[worker.step])
 
     def _transfer_at(self, worker: Virtual, ahead: int) -> float:
         """Seconds of a message after the worker's present step, or after the last (-1): own copies meet the centre rarely."""
@@ -131,7 +137,7 @@ class Asynchronous(Simulation):
     def _drop(self, worker: Virtual) -> None:
         """Throw a gradient away that came out of turn."""
         gradient = self.gradients.take(worker.index)
-        self.took(worker, gradient)
+        self.took(worker, gradient, replay=bool(worker.replays))
         self._reread(worker)
         self._count(worker)
         self._next(worker, self.now)
@@ -140,11 +146,14 @@ class Asynchronous(Simulation):
         """Apply the worker's gradient; it goes on, or waits for what it must wait for."""
         store = self.stores[worker.group]
         gradient = self.gradients.take(worker.index)
-        hypers = self.hypers(worker.steps)
+        replay = bool(worker.replays)
+        hypers = self.hypers(worker.steps - replay)  # a replay belongs to the step before it
         done = self._serve(worker)
-        if self.took(worker, gradient):
+        if self.took(worker, gradient, replay=replay):
             store.push_pull(worker.view, gradient.parts, worker.out, hypers)
             worker.updates += 1
+            if self._delay is not None:
+                self._delay.keep()
         else:
             self._reread(worker)
             i = worker.view.index
@@ -154,11 +163,19 @@ class Asynchronous(Simulation):
         self._next(worker, done)
 
     def _count(self, worker: Virtual) -> None:
+        if worker.replays:
+            assert self.guidance is not None
+            self.guidance.gradients += 1
+            self.guidance.replays += 1
+            worker.replays.pop(0)
+            return
         worker.steps += 1
         worker.step += 1
         worker.since += 1
         self._pushes += 1
         self._since += 1
+        if self.guidance is not None:
+            worker.replays = self.guidance.after(worker.index, worker.steps, worker.batches[worker.step - 1])
         self._evaluate_between()
 
     def _reread(self, worker: Virtual) -> None:
@@ -167,7 +184,7 @@ class Asynchronous(Simulation):
             self.stores[worker.group].pull(worker.view, worker.out)
 
     def _next(self, worker: Virtual, done: float) -> None:
-        if worker.step == len(worker.batches):
+        if worker.step == len(worker.batches) and not worker.replays:
             if not self.config.free_running:
                 self._wait_as(worker, Phase.DONE)
                 return

@@ -13,7 +13,7 @@ from hpcasync.simulate.cluster import Cluster, Network, parse_changes, parse_net
 from hpcasync.simulate.distributions import Distribution, parse_distribution
 from hpcasync.simulate.like import read_like
 from hpcasync.simulate.units import bytes_per_second
-from hpcasync.train.config import OPTIONS, Option, TrainConfig, make_config, rule_options, typed_value
+from hpcasync.train.config import GUIDED_KEYS, OPTIONS, Option, TrainConfig, make_config, rule_options, typed_value
 
 MODES = ("async", "sync", "kstep", "hierarchical")
 
@@ -29,6 +29,7 @@ SIMULATE_OPTIONS = (
     Option("groups", int, 2, "groups, asynchronous inside, K-step averages among them", ("hierarchical",)),
     Option("like", str, None, "folder of a live run: its number of workers, compute and communication times"),
     Option("free_running", bool, False, "no meeting at the end of an epoch", ("async",)),
+    Option("delay", int, 0, "artificial delay: a read is of one of the last N + 1 versions, at random", ("async",)),
     Option("eval_updates", int, None, "evaluate also after so many pushes", ("async", "hierarchical")),
     Option("naive", bool, False, "evaluate gradients one by one"),
     Option("dry", bool, False, "no gradients: throughput, queueing and staleness only", ("async",)),
@@ -37,8 +38,8 @@ SIMULATE_OPTIONS = (
 )  # fmt: skip
 """What a simulation has beside the options of a run."""
 
-_LEAST = {"workers": 1, "groups": 1, "eval_updates": 1, "updates": 1, "parameters": 1}
-_LIVE_ONLY = ("device", "guided", "rho", "verification")
+_LEAST = {"workers": 1, "groups": 1, "delay": 0, "eval_updates": 1, "updates": 1, "parameters": 1}
+_LIVE_ONLY = ("device",)
 _DRY = ("updates", "parameters")
 
 
@@ -56,6 +57,7 @@ class SimulateConfig(TrainConfig):
     groups: int = 2
     like: str | None = None
     free_running: bool = False
+    delay: int = 0
     eval_updates: int | None = None
     naive: bool = False
     dry: bool = False
@@ -66,7 +68,7 @@ class SimulateConfig(TrainConfig):
         """The configuration as the flat keys of a file, without those of other modes and those not set."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
         foreign = {o.name for o in (*OPTIONS, *SIMULATE_OPTIONS) if not _belongs(o, self.mode)}
-        foreign |= set(_LIVE_ONLY)
+        foreign |= {*_LIVE_ONLY, *(() if self.guided else GUIDED_KEYS)}
         flat = {k: v for k, v in flat.items() if k not in foreign} | self.options
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
 
@@ -111,20 +113,19 @@ def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
     for key in keys:
         if key not in known:
             raise unknown("option", key, known)
-    for key in ("guided", "rho", "verification"):
-        if keys.pop(key, False):
-            raise UsageError(f"--{key}: guided SGD is not simulated; run it live, with hpcasync train")
     mine = {k: _typed(own[k], keys.pop(k)) for k in list(keys) if k in own}
     mode = keys.get("mode", "async")
     if mode not in MODES:
         raise unknown("mode", str(mode), MODES)
     for key in (*mine, *keys):
         if not _belongs(known[key], mode):
-            modes = (*known[key].modes, *(("hierarchical",) if known[key].modes[0] != "hierarchical" else ()))
+            modes = [m for m in MODES if _belongs(known[key], m)]
             raise UsageError(f"--{key.replace('_', '-')} belongs to mode {', '.join(modes)}; the mode is {mode}")
     for key, least in _LEAST.items():
         if mine.get(key) is not None and mine[key] < least:
             raise UsageError(f"--{key.replace('_', '-')}={mine[key]}: expected a whole number >= {least}")
+    if mine.get("dry") and keys.get("guided"):
+        raise UsageError("--dry has no gradients to guide; leave out --guided, or --dry")
     if not mine.get("dry"):
         for key in _DRY:
             if key in mine:
@@ -169,7 +170,7 @@ def _like_workers(mine: dict[str, Any]) -> None:
 def _belongs(option: Option, mode: str) -> bool:
     if not option.modes or mode in option.modes:
         return True
-    return mode == "hierarchical" and option.name in {o.name for o in OPTIONS}
+    return mode == "hierarchical" and option.name in {o.name for o in OPTIONS} - set(GUIDED_KEYS)
 
 
 def _typed(option: Option, value: Any) -> Any:

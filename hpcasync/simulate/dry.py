@@ -146,10 +146,12 @@ def dry_run(config: SimulateConfig) -> dict[str, Any]:
     """Simulate ``config.updates`` pushes without gradients; returns the object that ``--json`` prints.
 
     Raises:
-        UsageError: workers that fail or join, which only a full simulation has.
+        UsageError: workers that fail or join, or a delay, which only a full simulation has.
     """
     if config.fail or config.join:
         raise UsageError("--dry does not go with --fail and --join; leave out --dry")
+    if config.delay:
+        raise UsageError("--dry does not go with --delay, which is about gradients; leave out one of them")
     began = time.perf_counter()
     cluster = config.cluster
     workers = config.workers

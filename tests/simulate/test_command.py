@@ -70,6 +70,7 @@ BAD = {
     "free-running of sync": (["--mode", "sync", "--free-running"], ["--free-running", "async"]),
     "updates without dry": (["--updates", "100"], ["--updates", "--dry"]),
     "dry with failures": (["--dry", "--fail", "1@2"], ["--dry", "--fail"]),
+    "dry with a delay": (["--dry", "--delay", "3"], ["--dry", "--delay"]),
     "like nothing": (["--like", "nowhere"], ["nowhere", "not a finished run"]),
     "like and compute": (["--like", "nowhere", "--compute", "constant:1"], ["--like", "--compute"]),
     "rule": (["--rule", "gsmg"], ["did you mean 'gsgm'"]),
@@ -105,8 +106,6 @@ def test_configuration_reads_back(tmp_path: Path) -> None:
     assert (config.groups, config.workers, config.slow, config.staleness, config.every) == (3, 6, ("1:2",), 4, 4)
     assert make_simulate_config(config.keys()) == config
     assert config.name.endswith("mlp-hierarchical-simulated")
-    with pytest.raises(UsageError, match="hpcasync train"):
-        make_simulate_config({"guided": True})
     assert make_simulate_config({"mode": "kstep", "preset": "bmuf", "workers": 8}).block_momentum == 1 - 1 / 8
 
 
