@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hpcasync.errors import UsageError
 
@@ -79,3 +79,12 @@ class BatchMemory(Generic[B]):
     def clear(self) -> None:
         """Forget the batches and their scores."""
         self._batches, self._psi = [], []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The remembered batches, their scores, and the last verification loss."""
+        return {"batches": list(self._batches), "psi": list(self._psi), "before": self._before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self._batches, self._psi = list(state["batches"]), list(state["psi"])
+        self._before = state["before"]

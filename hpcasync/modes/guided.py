@@ -15,6 +15,8 @@ from hpcasync.modes.asynchronous import Async
 from hpcasync.modes.batch_memory import BatchMemory, most_replays
 from hpcasync.modes.sync import Sync
 
+_COUNTS = ("evaluations", "gradients", "replays", "last_replayed", "_steps")
+
 
 class Guided:
     """Guided SGD in parallel: gSSGD around a `Sync`, gASGD around an `Async`.
@@ -29,7 +31,7 @@ class Guided:
     collective. Around `Async` every rank goes by itself.
 
     A batch is remembered by reference and must not be changed. Scores are taken in evaluation mode where the wrapped
-    optimizer knows the model. A checkpoint of the wrapped optimizer holds no remembered batches.
+    optimizer knows the model. The remembered batches are in this object's ``state_dict``, not in the wrapped optimizer's.
 
     Args:
         mode: a `Sync` or an `Async`.
@@ -84,6 +86,18 @@ class Guided:
         if memory.full:
             self._replay(memory)
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts, and the remembered batches with their scores; without the wrapped optimizer's state."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {"counts": counts, "memory": None if self._memory is None else self._memory.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        for name in _COUNTS:
+            setattr(self, name, state["counts"][name])
+        if self._memory is not None and state["memory"] is not None:
+            self._memory.load_state_dict(state["memory"])
 
     def synchronize(self) -> None:
         """As of the wrapped optimizer. Collective."""
