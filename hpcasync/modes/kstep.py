@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcasync.comm import World, init
+from hpcasync.comm import Collectives, World, init
 from hpcasync.errors import UsageError, unknown
 from hpcasync.kernels import block_update
 from hpcasync.modes.base import Closure, OnNonfinite
@@ -18,24 +18,23 @@ from hpcasync.modes.interval import interval_at, parse_every
 from hpcasync.modes.presets import preset_options
 from hpcasync.modes.wrapper import Wrapper
 from hpcasync.rules.base import between
-from hpcasync.store import aligned_zeros, make_layout
+from hpcasync.store import make_layout
 
 
 class _Block:
     """All parameters of one dtype: the flat model, the model after the last average, and the block momentum."""
 
-    def __init__(self, named: list[tuple[Tensor, str]]) -> None:
+    def __init__(self, named: list[tuple[Tensor, str]], collectives: Collectives) -> None:
         params, names = [p for p, _ in named], [n for _, n in named]
         layout = make_layout([p.numel() for p in params])
-        dtype = np.float32 if params[0].dtype == torch.float32 else np.float64
-        self.host = aligned_zeros(1, layout.total, dtype)[0]
+        (buffer,) = collectives.buffers([layout.total], params[0].dtype, params[0].device)
+        self.host = buffer.numpy()
         self.on_host = params[0].device.type == "cpu"
-        buffer = torch.from_numpy(self.host)
         self.flat = FlatParameters(params, names, layout, buffer if self.on_host else buffer.to(params[0].device))
         self.fetch()
         self.anchor = self.host.copy()
         self.velocity = np.zeros_like(self.host)
-        one = np.zeros((3, 1), dtype)
+        one = np.zeros((3, 1), self.host.dtype)
         block_update(*one, 1, 0.0, 1.0, False)  # load or compile the kernel now, so that no step pays for it
 
     def fetch(self) -> None:
@@ -82,6 +81,8 @@ class KStep(Wrapper):
         warm_start: so many first steps average after each step, without block momentum (post-local SGD).
         inner_state: what an average does to the wrapped optimizer's state: ``"keep"`` each rank's own, ``"average"`` it,
             or ``"reset"`` it.
+        collectives: what sums over the ranks: ``"mpi"``, ``"window"``, ``"torch"``, ``"horovod"``, or an object of
+            ``hpcasync.comm.make_collectives``, which stays open.
         world: from ``hpcasync.init()``.
         model: whose buffers ``synchronize()`` averages; without it they stay per rank.
         on_nonfinite: ``"skip"`` a local step whose gradient has NaN or infinity, or ``"abort"``.
@@ -106,6 +107,7 @@ class KStep(Wrapper):
         block_lr: float = 1.0,
         warm_start: int = 0,
         inner_state: str = "keep",
+        collectives: str | Collectives = "mpi",
         world: World | None = None,
         model: torch.nn.Module | None = None,
         on_nonfinite: OnNonfinite = "skip",
@@ -125,13 +127,15 @@ class KStep(Wrapper):
             "warm_start": warm_start,
             "inner_state": inner_state,
         }
-        super().__init__(optimizer, world=world, model=model, on_nonfinite=on_nonfinite, facts=options)
+        super().__init__(
+            optimizer, world=world, model=model, on_nonfinite=on_nonfinite, collectives=collectives, facts=options
+        )
         self.every, self.block_momentum, self.nesterov = every, block_momentum, nesterov
         self.block_lr, self.warm_start, self.inner_state = block_lr, warm_start, inner_state
         self.averages = 0
         self._since = 0  # local steps since the last average
         self._blocks = [
-            _Block([(p, n) for p, n in zip(self.params, self.names, strict=True) if p.dtype == dtype])
+            _Block([(p, n) for p, n in zip(self.params, self.names, strict=True) if p.dtype == dtype], self.collectives)
             for dtype in dict.fromkeys(p.dtype for p in self.params)
         ]
 
@@ -189,12 +193,12 @@ class KStep(Wrapper):
         self.averages += 1
         if self.world.size > 1:
             with self.share.phase("wait"):
-                self.world.collectives.barrier()
+                self.collectives.barrier()
         with self.share.phase("communicate"):
             for block in self._blocks:
                 block.fetch()
                 frozen = block.frozen()
-                self.world.collectives.allreduce(block.host)
+                self.collectives.allreduce(block.host)
                 self._outer_step(block, plain)
                 block.keep(frozen)
                 block.put_back()
@@ -245,7 +249,7 @@ class KStep(Wrapper):
             host = torch.zeros(size, dtype=torch.float64 if double else torch.float32)
             if key in mine:
                 host.copy_(mine[key].detach().reshape(-1))
-            self.world.collectives.allreduce(host.numpy())
+            self.collectives.allreduce(host)
             if key in mine:
                 holders = sum(key in theirs for theirs in everyone)
                 mine[key].copy_((host / holders).view(mine[key].shape))

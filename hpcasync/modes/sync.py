@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpcasync.comm import Pending, World
+from hpcasync.comm import Collectives, Pending, World
 from hpcasync.errors import UsageError
 from hpcasync.modes.base import Closure, OnNonfinite
 from hpcasync.modes.wrapper import Wrapper
@@ -23,10 +23,10 @@ class _Bucket:
     (whether its part is not finite), so that one sum tells all three.
     """
 
-    def __init__(self, params: list[int], tensors: list[Tensor], ranks: int) -> None:
+    def __init__(self, params: list[int], tensors: list[Tensor], buffer: Tensor) -> None:
         self.params = params
         sizes = [t.numel() for t in tensors]
-        self.buffer = torch.zeros(sum(sizes) + len(sizes) + ranks, dtype=tensors[0].dtype)
+        self.buffer = buffer
         self.grads = grads = self.buffer[: sum(sizes)]
         # numpy: single elements are read and written ten times faster than through torch
         self.present, self.nonfinite = np.split(self.buffer[sum(sizes) :].numpy(), [len(sizes)])
@@ -48,6 +48,8 @@ class Sync(Wrapper):
         world: from ``hpcasync.init()``.
         model: whose buffers ``synchronize()`` averages; without it they stay per rank.
         bucket_mb: bytes per bucket, in MB.
+        collectives: what sums over the ranks: ``"mpi"``, ``"window"``, ``"torch"``, ``"horovod"``, or an object of
+            ``hpcasync.comm.make_collectives``, which stays open.
         on_nonfinite: if any rank's gradient has NaN or infinity, all ``"skip"`` the step, or ``"abort"``.
 
     Raises:
@@ -63,15 +65,21 @@ class Sync(Wrapper):
         world: World | None = None,
         model: torch.nn.Module | None = None,
         bucket_mb: float = 4.0,
+        collectives: str | Collectives = "mpi",
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
         if not bucket_mb > 0:
             raise UsageError(f"bucket_mb={bucket_mb!r}: expected a positive number")
         super().__init__(
-            optimizer, world=world, model=model, on_nonfinite=on_nonfinite, facts={"bucket_mb": bucket_mb}
+            optimizer,
+            world=world,
+            model=model,
+            on_nonfinite=on_nonfinite,
+            collectives=collectives,
+            facts={"bucket_mb": bucket_mb},
         )
         params = self.params
-        self._buckets = _fill_buckets(params, bucket_mb * 2**20, self.world.size)
+        self._buckets = _fill_buckets(params, bucket_mb * 2**20, self.world.size, self.collectives)
         self._place = {id(params[i]): (b, j) for b in self._buckets for j, i in enumerate(b.params)}
         self._started = 0  # buckets whose sum is under way; always the first ones, so that all ranks agree
         self._queued = False  # whether the end of this backward will call _finish
@@ -136,7 +144,7 @@ class Sync(Wrapper):
     def synchronize(self) -> None:
         """Average the buffers; parameters are equal anyway. Collective."""
         with self.share.phase("wait"):
-            self.world.collectives.barrier()
+            self.collectives.barrier()
         self._synchronize_buffers()
         self.share.stop()
 
@@ -162,7 +170,7 @@ class Sync(Wrapper):
         if self.world.size == 1:
             return loss
         total = np.array([loss.item() if isinstance(loss, Tensor) else float(loss)])
-        self.world.collectives.allreduce(total)
+        self.collectives.allreduce(total)
         mean = float(total[0]) / self.world.size
         return torch.full_like(loss.detach(), mean) if isinstance(loss, Tensor) else mean
 
@@ -189,7 +197,7 @@ class Sync(Wrapper):
         bucket = self._buckets[self._started]
         if not _finite(bucket.grads):
             bucket.nonfinite[self.world.rank] = 1
-        bucket.pending = self.world.collectives.start_allreduce(bucket.buffer.numpy())
+        bucket.pending = self.collectives.start_allreduce(bucket.buffer)
         self._started += 1
 
     @torch.no_grad()
@@ -208,7 +216,7 @@ class Sync(Wrapper):
             self._start_next()
         if self.world.size > 1:
             with self.share.phase("wait"):
-                self.world.collectives.barrier()
+                self.collectives.barrier()
         with self.share.phase("communicate"):
             bad = np.zeros(self.world.size)
             for bucket in self._buckets:
@@ -264,18 +272,19 @@ def _finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def _fill_buckets(params: list[Tensor], limit: float, ranks: int) -> list[_Bucket]:
+def _fill_buckets(params: list[Tensor], limit: float, ranks: int, collectives: Collectives) -> list[_Bucket]:
     """Cut the parameters into buckets of about ``limit`` bytes, last parameters first: backward reaches them first."""
     buckets: list[_Bucket] = []
     for dtype in dict.fromkeys(p.dtype for p in params):
-        current: list[int] = []
+        shares: list[list[int]] = [[]]
         size = 0
         for i in reversed([i for i, p in enumerate(params) if p.dtype == dtype]):
-            current.append(i)
-            size += params[i].numel() * params[i].element_size()
             if size >= limit:
-                buckets.append(_Bucket(current, [params[k] for k in current], ranks))
-                current, size = [], 0
-        if current:
-            buckets.append(_Bucket(current, [params[k] for k in current], ranks))
+                shares.append([])
+                size = 0
+            shares[-1].append(i)
+            size += params[i].numel() * params[i].element_size()
+        sizes = [sum(params[i].numel() + 1 for i in share) + ranks for share in shares]
+        memory = collectives.buffers(sizes, dtype, params[shares[0][0]].device)
+        buckets += [_Bucket(share, [params[i] for i in share], b) for share, b in zip(shares, memory)]
     return buckets

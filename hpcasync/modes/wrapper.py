@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hpcasync.comm import World, agree
+from hpcasync.comm import Collectives, World, agree, check_backend, make_collectives
 from hpcasync.errors import UsageError
 from hpcasync.modes.base import Closure, Mode, OnNonfinite
 from hpcasync.modes.flat import check_dtypes, groups_of
@@ -30,6 +30,7 @@ class Wrapper(Mode):
         world: from ``hpcasync.init()``.
         model: whose buffers to keep equal; optional.
         on_nonfinite: what to do with a NaN or infinite gradient.
+        collectives: what sums over the ranks: a backend's name, or an object that the caller keeps and closes.
     """
 
     def __init__(
@@ -39,12 +40,15 @@ class Wrapper(Mode):
         world: World | None,
         model: torch.nn.Module | None,
         on_nonfinite: OnNonfinite,
+        collectives: str | Collectives,
         facts: dict[str, Any],
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, Mode):
             raise UsageError(
                 f"mode {self.mode} wraps a torch optimizer, such as torch.optim.SGD(...); found {type(optimizer).__name__}"
             )
+        if isinstance(collectives, str):
+            check_backend(collectives)
         self.inner = optimizer
         self._closed = False
         _, names, _ = groups_of(optimizer.param_groups)
@@ -65,9 +69,12 @@ class Wrapper(Mode):
                 "the optimizer": type(optimizer).__name__,
                 "the parameter groups' options": repr(options),
                 "on_nonfinite": on_nonfinite,
+                "collectives": collectives if isinstance(collectives, str) else type(collectives).__name__,
                 **facts,
             },
         )
+        self.collectives = make_collectives(collectives, self.world) if isinstance(collectives, str) else collectives
+        self._opened = isinstance(collectives, str) and self.collectives is not self.world.collectives
         self._broadcast_parameters()
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,3 +147,5 @@ class Wrapper(Mode):
         if not self._closed:
             self._closed = True
             self.synchronize()
+            if self._opened:
+                self.collectives.close()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcasync.comm import BACKENDS, check_backend
 from hpcasync.docstrings import attributes_of
 from hpcasync.errors import UsageError, unknown
 from hpcasync.modes.interval import parse_every
@@ -38,6 +39,7 @@ class Option:
     modes: tuple[str, ...] = ()
 
 
+GUIDED_KEYS = ("guided", "rho", "verification")
 _ASYNC, _KSTEP, _GUIDED = ("async",), ("kstep",), ("async", "sync")
 
 OPTIONS = (
@@ -60,6 +62,7 @@ OPTIONS = (
     Option("block_lr", float, 1.0, "learning rate of the block step", _KSTEP),
     Option("warm_start", int, 0, "so many first steps average after each step", _KSTEP),
     Option("inner_state", str, "keep", "state of the local optimizer at an average: keep, average, reset", _KSTEP),
+    Option("collectives", str, "mpi", "what sums over the ranks: " + ", ".join(BACKENDS), ("sync", "kstep")),
     Option("guided", bool, False, "guided SGD: replay the most consistent of the last rho batches", _GUIDED),
     Option("rho", int, 10, "batches that guided SGD remembers, from 2", _GUIDED),
     Option("verification", int, None, "training samples that guided SGD verifies with (default: a tenth, at most 100)", _GUIDED),
@@ -124,6 +127,7 @@ class TrainConfig:
     block_lr: float = 1.0
     warm_start: int = 0
     inner_state: str = "keep"
+    collectives: str = "mpi"
     guided: bool = False
     rho: int = 10
     verification: int | None = None
@@ -139,7 +143,7 @@ class TrainConfig:
         """The configuration as the flat keys of a file, without those of other modes and those not set."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
         foreign = {o.name for o in OPTIONS if o.modes and self.mode not in o.modes}
-        foreign |= set() if self.guided else {"guided", "rho", "verification"}
+        foreign |= set() if self.guided else set(GUIDED_KEYS)
         flat = {k: v for k, v in flat.items() if k not in foreign} | self.options
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
 
@@ -170,6 +174,7 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
         raise unknown("mode", mode, MODES)
     if keys.get("schedule", "constant") not in SCHEDULES:
         raise unknown("schedule", keys["schedule"], SCHEDULES)
+    check_backend(keys.get("collectives", "mpi"))
     for key in keys:
         modes = known[key].modes
         if modes and mode not in modes:

@@ -75,7 +75,7 @@ def make_mode(config: TrainConfig, model: nn.Module, world: World) -> Mode:
         return Async(model, rule, staleness=config.staleness, world=world, on_nonfinite=nonfinite)
     optimizer = torch_optimizer(rule, model)
     if config.mode == "sync":
-        return Sync(optimizer, world=world, model=model, on_nonfinite=nonfinite)
+        return Sync(optimizer, world=world, model=model, collectives=config.collectives, on_nonfinite=nonfinite)
     return KStep(
         optimizer,
         every=config.every,
@@ -84,6 +84,7 @@ def make_mode(config: TrainConfig, model: nn.Module, world: World) -> Mode:
         block_lr=config.block_lr,
         warm_start=config.warm_start,
         inner_state=config.inner_state,
+        collectives=config.collectives,
         world=world,
         model=model,
         on_nonfinite=nonfinite,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import hpcasync as ha
 from hpcasync.comm import agree, raise_together, OneRank
-from hpcasync.comm.collectives import LINE_SEGMENT, MPICollectives, SEGMENT
+from hpcasync.comm.collectives.mpi import LINE_SEGMENT, MPICollectives, SEGMENT
 world = ha.init()
 me, P = world.rank, world.size
 assert ha.init() is world
