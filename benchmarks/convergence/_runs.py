@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 Keys = Mapping[str, Any]
-"""Keys of ``hpcasync simulate``, and ``samples``: train on so many only, the first of the data set."""
+"""Keys of ``hpcasync simulate``, and ``samples``, ``test_samples``: use so many of the data set only, its first."""
 Run = dict[str, Any]
 """A finished run: its ``keys``, ``result`` (of ``--json``) and ``curve`` (a row per evaluation)."""
 
@@ -21,21 +21,21 @@ def name_of(keys: Keys) -> str:
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def cut(data: str, samples: int) -> Path:
-    """The data set with only its first ``samples`` training samples and the whole test set; kept in the cache.
+def cut(data: str, samples: int, test_samples: int | None) -> Path:
+    """The data set with only its first samples of the training and of the test set; kept in the cache.
 
     MNIST and Fashion-MNIST come shuffled, so their first samples hold all classes.
     """
     from hpcasync.data import Arrays, open_dataset, write_dataset
     from hpcasync.data.resolve import cache_folder
 
-    path = cache_folder() / f"{data}-first-{samples}.h5"
+    path = cache_folder() / f"{data}-first-{samples}-{test_samples or 'all'}.h5"
     if not path.exists():
         full = open_dataset(data)
-        train = {f"train_{k}": full.array(f"train/{k}")[:samples] for k in "xy"}
-        test = {f"test_{k}": full.array(f"test/{k}") for k in "xy"}
-        arrays = Arrays(**train, **test, name=path.stem, classes=full.classes, source=full.header.source)
-        write_dataset(path, arrays, overwrite=True)  # another process may have been faster; the bytes are the same
+        sizes = {"train": samples, "test": test_samples}
+        arrays = {f"{split}_{k}": full.array(f"{split}/{k}")[:size] for split, size in sizes.items() for k in "xy"}
+        # overwrite: another process may have been faster; the bytes are the same
+        write_dataset(path, Arrays(**arrays, name=path.stem, classes=full.classes, source=full.header.source), overwrite=True)
     return path
 
 
@@ -81,9 +81,9 @@ def _one(task: tuple[Keys, Path, float]) -> None:
 
     torch.set_num_threads(1)
     own = dict(keys)
-    samples = own.pop("samples", None)
+    samples, test_samples = own.pop("samples", None), own.pop("test_samples", None)
     if samples is not None:
-        own["data"] = str(cut(own["data"], samples))
+        own["data"] = str(cut(own["data"], samples, test_samples))
     outcome = simulate(make_simulate_config(own), records=False, shown=False)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"keys": dict(keys), "result": outcome.result, "curve": outcome.curve}))

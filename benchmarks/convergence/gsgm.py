@@ -9,62 +9,81 @@ from __future__ import annotations
 
 from typing import Any
 
-from _recipe import Cell, Summary, main
+from _recipe import Cell, Line, Table, above, below, main
 
-RIVALS: dict[str, dict[str, Any]] = {
+RIVALS: dict[str, Any] = {
     "asgd": {"rule": "asgd"},
     "momentum asgd": {"rule": "asgd", "base": "momentum"},
-    "dc-asgd": {"rule": "dc-asgd"},
+    "dc-asgd": [{"rule": "dc-asgd"}, {"rule": "dc-asgd", "adaptive": True}],
     "staleness-aware": {"rule": "staleness-aware"},
 }
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, Any] = {
     **RIVALS,
     "gsgm, mu 0": {"rule": "gsgm", "momentum": 0.0},
     "gsgm, mu 0.5": {"rule": "gsgm", "momentum": 0.5},
     "gsgm, mu 0.9": {"rule": "gsgm", "momentum": 0.9},
 }
-GRID = (0.005, 0.01, 0.025, 0.05, 0.1)
-PARTITIONS = ("shards:1", "shards:2", "dirichlet:0.1", "dirichlet:0.5")
+OPTIONS: dict[str, Any] = {
+    "window of all": {"rule": "gsgm", "momentum": 0.5},
+    "window of 5": {"rule": "gsgm", "momentum": 0.5, "window": 5},
+    "running mean of the round": {"rule": "gsgm", "momentum": 0.5, "average": "round"},
+    "groups of 2": {"rule": "gsgm", "momentum": 0.5, "average": "groups", "groups": 5},
+    "groups of 5": {"rule": "gsgm", "momentum": 0.5, "average": "groups", "groups": 2},
+    "heavy ball": {"rule": "gsgm", "momentum": 0.5, "base": "momentum"},
+    "discard": {"rule": "gsgm", "momentum": 0.5, "out_of_turn": "discard"},
+    "adam in place of momentum": {"rule": "gsgm", "base": "adam", "scale": 0.02},
+}
+GRID = (0.008, 0.02, 0.05, 0.125)
+PARTITIONS = ("shards:1", "dirichlet:0.1", "shards:2", "dirichlet:0.5")
 
 
 def _common(workers: int, partition: str) -> dict[str, Any]:
-    setting = {"data": "fashion-mnist", "model": "mlp", "workers": workers, "partition": partition}
-    # Evaluations every two rounds of all workers: between the classes of two rounds the accuracy swings.
-    return {**setting, "compute": "exponential:1.0", "batch": 32, "epochs": 2, "eval_updates": 125}
+    data = {"data": "fashion-mnist", "samples": 9600, "test_samples": 5000, "partition": partition}
+    # Free-running: where workers meet at the end of an epoch, the last ones train alone on their classes, which flatters rounds.
+    # 1200 pushes; evaluations 13 apart in rounds of P = 10, and not a whole number of rounds.
+    run = {"batch": 16, "epochs": 2, "free_running": True, "eval_updates": 97, "compute": "exponential:1.0"}
+    return {**data, "model": "mlp", "workers": workers, **run}
 
 
 CELLS = [
-    Cell(f"fashion-mnist, mlp, {partition}, P={workers}", _common(workers, partition), METHODS, GRID)
-    for workers in (10, 30)
+    Cell(
+        f"fashion-mnist, mlp, {partition}, P={workers}",
+        _common(workers, partition),
+        METHODS,
+        GRID,
+        (f"fashion-mnist, mlp, {partition}", workers),
+    )
     for partition in PARTITIONS
+    for workers in (10, 30)
 ]
+CELLS.append(Cell("options, fashion-mnist, mlp, shards:1, P=10", _common(10, "shards:1"), OPTIONS, GRID))
 QUICK = [
     Cell(
         "quick",
-        {"data": "digits", "model": "mlp", "workers": 5, "partition": "shards:2", "batch": 16, "epochs": 2,
-         "compute": "exponential:1.0", "eval_updates": 20},
+        {"data": "digits", "samples": 600, "model": "mlp", "workers": 5, "partition": "shards:2", "batch": 16, "epochs": 2,
+         "compute": "exponential:1.0", "eval_updates": 20, "free_running": True},
         {"asgd": METHODS["asgd"], "gsgm, mu 0.5": METHODS["gsgm, mu 0.5"]},
         (0.05, 0.2),
+        ("digits", 5),
     )
 ]  # fmt: skip
 
 
-def claims(table: dict[str, dict[str, Summary]]) -> list[tuple[str, bool, str]]:
+def claims(table: Table) -> list[Line]:
     """Each Show line, cell by cell: the best GSGM by accuracy against each rival."""
     lines = []
     for cell, methods in table.items():
+        if not set(methods) & set(RIVALS):
+            continue
         ours = max((s for m, s in methods.items() if m.startswith("gsgm")), key=lambda s: s.mean("accuracy"))
         for rival in RIVALS:
             if rival not in methods:
                 continue
             theirs = methods[rival]
+            lines.append(above(f"{cell}: accuracy above {rival}", ours, theirs))
             for measure in ("unrest", "jump"):
-                a, b = ours.mean(measure), theirs.mean(measure)
-                lines.append((f"{cell}: {ours.method} {measure} at least 20 % below {rival}", a <= 0.8 * b, f"{a:.2f}, {b:.2f}"))
-        accuracy = ours.mean("accuracy")
-        best = max(methods[r].mean("accuracy") for r in RIVALS if r in methods)
-        lines.append((f"{cell}: {ours.method} accuracy above every rival", accuracy > best, f"{accuracy:.2f}, {best:.2f}"))
-        lines.append((f"{cell}: {ours.method} never diverges", ours.diverged == 0, f"{ours.diverged} seeds"))
+                lines.append(below(f"{cell}: {measure} at least 20 % below {rival}", ours, theirs, measure, factor=0.8))
+        lines.append((f"{cell}: never diverges", ours.diverged == 0, f"{ours.method}: {ours.diverged} seeds"))
     return lines
 
 
