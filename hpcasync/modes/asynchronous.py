@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -151,9 +150,9 @@ class Async(Mode):
         """
         self._check_open()
         self.share.start()
-        clocks, rank = self.store.clocks, self.world.rank
-        mine = int(clocks[rank])
-        clocks[rank] = IDLE
+        rank = self.world.rank
+        mine = int(self.store.clocks[rank])
+        self.store.set_clock(rank, IDLE)
         with self.share.phase("wait"):
             self._barrier()
         most = max(self.world.gather(mine))
@@ -161,8 +160,8 @@ class Async(Mode):
         self._to_device()
         self._synchronize_buffers()
         self._barrier()  # nobody pushes before all have read
-        clocks[rank] = most
-        self.store.excused[rank] = 0
+        self.store.set_clock(rank, most)
+        self.store.set_excused(rank, 0)
         self._barrier()
         self.share.stop()
 
@@ -187,7 +186,7 @@ class Async(Mode):
             for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True))
         }
         counts = {"steps": self.steps, "updates": self.updates, "skipped": self.skipped}
-        versions = self.store.versions.tolist()
+        versions = self.store.shard_versions()
         packed["hpcasync"] = {"rule": self.rule.describe(), "versions": versions, **counts}
         return packed
 
@@ -205,9 +204,9 @@ class Async(Mode):
         self._flat.attach()
         self._barrier()
         self.store.restart(self._worker)
-        if self.world.rank == 0:
-            self._write_state(state_dict)
-        self._publish(keep_state=True)
+        state = self._shared_state(state_dict) if self.world.rank == 0 else None
+        self.store.install(state, state_dict["hpcasync"]["versions"])
+        self._pull_together()
         own = state_dict["hpcasync"]
         self.steps, self.updates, self.skipped = (own.get(k, 0) for k in ("steps", "updates", "skipped"))
 
@@ -259,11 +258,14 @@ class Async(Mode):
     def _skip(self) -> None:
         """Take no part in this step but read, and let the clock go on so that nobody waits for this rank."""
         self._read()
-        self.store.clocks[self.world.rank] += 1
+        self.store.tick(self._worker)
 
     def _slowest_other(self) -> int:
         """Pushes of the slowest other rank: what is read from now on has at least these of every rank."""
-        return int(np.delete(self.store.clocks, self.world.rank).min()) if not self._one else IDLE
+        if self._one:
+            return IDLE
+        self.store.look()
+        return int(np.delete(self.store.clocks, self.world.rank).min())
 
     def _wait_for_slower(self, seen: int) -> None:
         """Keep the bound: wait for slower ranks, and read again unless the push has read enough of them.
@@ -319,18 +321,14 @@ class Async(Mode):
         self._flat.mark()
 
     def _barrier(self) -> None:
-        if isinstance(self.store, WindowStore):
-            self.store.barrier()
+        self.store.barrier()
 
     def _publish(self, keep_state: bool = False) -> None:
         """Write rank 0's model to the store and read it on all ranks."""
-        if self.world.rank == 0:
-            w = self._flat.buffer.cpu().numpy()
-            if keep_state:
-                self.store.state[0] = w
-            else:
-                self.store.start_state(w)
-        self._barrier()
+        self.store.publish(self._flat.buffer.cpu().numpy(), keep_state=keep_state)
+        self._pull_together()
+
+    def _pull_together(self) -> None:
         self.store.pull(self._worker, self._out)
         self._to_device()
         self._barrier()
@@ -349,16 +347,13 @@ class Async(Mode):
                 if found != shape:
                     raise UsageError(f"state of {self._flat.names[i]}, {v.name}: found {found}, expected {shape}")
 
-    def _write_state(self, state_dict: dict[str, Any]) -> None:
-        layout, state = self.store.layout, self.store.state
-        self.store.notes[:] = 0
-        for row, v in enumerate(self.rule.vectors, start=1):
-            if not v.saved:
-                state[row] = v.start
-                continue
-            for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True)):
+    def _shared_state(self, state_dict: dict[str, Any]) -> np.ndarray:
+        """The model and the rule's vectors as the store has them: float32 (1 + vectors, layout.total)."""
+        layout, vectors = self.store.layout, self.rule.vectors
+        state = np.zeros((1 + len(vectors), layout.total), np.float32)
+        state[0] = self._flat.buffer.cpu().numpy()
+        for row, v in enumerate(vectors, start=1):
+            state[row] = v.start
+            for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True) if v.saved else ()):
                 state[row, start : start + size] = state_dict["state"][i][v.name].reshape(-1).numpy()
-        versions: Sequence[int] = state_dict["hpcasync"]["versions"]
-        # Another sharding: all shards had nearly the same number of updates, the largest stands for all.
-        same = len(versions) == len(self.store.versions)
-        self.store.versions[:] = versions if same else max(versions)
+        return state

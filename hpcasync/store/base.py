@@ -114,7 +114,27 @@ class Store:
         """Give the lock back; everything written under it is visible to the next holder."""
         raise NotImplementedError
 
+    def barrier(self) -> None:
+        """All workers meet here and see each other's work. Collective where the store is shared."""
+
+    def look(self) -> None:
+        """Bring ``clocks`` and ``excused`` up to date."""
+
+    def set_clock(self, worker: int, value: int) -> None:
+        """Set a worker's clock."""
+        self.clocks[worker] = value
+
+    def set_excused(self, worker: int, value: int) -> None:
+        """Set whether rounds go on without a worker."""
+        self.excused[worker] = value
+
     # What every worker does.
+
+    def tick(self, worker: Worker) -> None:
+        """Count a push of the worker, unless nobody waits for it."""
+        i = worker.index
+        if self.clocks[i] != IDLE:
+            self.clocks[i] += 1
 
     def worker(self, index: int) -> Worker:
         """A view of the store for worker ``index``, which has read nothing yet."""
@@ -133,6 +153,40 @@ class Store:
         self.versions[:] = 0
         self.writers[:] = -1
         self.notes[:] = 0
+
+    def publish(self, w: np.ndarray, *, keep_state: bool = False) -> None:
+        """Make the first worker's ``w`` the shared one, the rule's vectors and the versions as at the start. Collective.
+
+        Args:
+            w: float32 (layout.total,); only the first worker's counts.
+            keep_state: leave vectors and versions as they are.
+        """
+        if keep_state:
+            self.state[0] = w
+        else:
+            self.start_state(w)
+
+    def install(self, state: np.ndarray | None, versions: Sequence[int]) -> None:
+        """Set everything that is shared, as ``snapshot`` and ``shard_versions`` gave it. Collective.
+
+        Args:
+            state: float32 (1 + vectors, layout.total); only the first worker's counts, the others may give None.
+            versions: of the shards, the same on all; of another sharding: the largest stands for all, since all shards
+                have had nearly the same number of updates.
+        """
+        assert state is not None
+        self.state[:] = state
+        self.notes[:] = 0
+        self.writers[:] = -1
+        self.versions[:] = self._own_versions(versions)
+
+    def _own_versions(self, versions: Sequence[int]) -> Sequence[int]:
+        shards = len(self.layout.shards)
+        return versions if len(versions) == shards else [max(versions)] * shards
+
+    def shard_versions(self) -> list[int]:
+        """Updates applied to each shard."""
+        return list(map(int, self.versions))
 
     def restart(self, worker: Worker) -> None:
         """Set a worker's own vectors to their start, as if it had never pushed."""
@@ -162,57 +216,68 @@ class Store:
         else:
             self._push_shards(worker, grads, out, hypers)
         worker.steps += 1
-        i = worker.index
-        if self.clocks[i] != IDLE:
-            self.clocks[i] += 1
+        self.tick(worker)
 
     def _push_shards(
         self, worker: Worker, grads: Sequence[np.ndarray | None], out: np.ndarray, hypers: Sequence[np.ndarray]
     ) -> None:
         taus = np.full(len(self.layout.shards), -1, np.int64)
-        rule, keeps = self.rule, self.rule.own_copy
         clock = int(self.clocks[worker.index])
 
         def apply(k: int, shard: Shard) -> None:
-            version, read = int(self.versions[k]), int(worker.read[k])
-            if not any([grads[p.param] is not None for p in shard.pieces]):
-                if not keeps:
-                    np.copyto(out[shard.start : shard.stop], self.state[0, shard.start : shard.stop])
-                worker.read[k] = version
-                return
-            tau = version - read
-            arrival = rule.arrive(self.notes[k], not worker.pushed[k], clock)
-            count = worker.steps + 1 if keeps else version + 1
-            for p in shard.pieces:
-                part = out[p.start : p.start + p.size]
-                grad = grads[p.param]
-                if grad is None:
-                    if not keeps:
-                        np.copyto(part, self.state[0, p.start : p.start + p.size])
-                else:
-                    rule.update(
-                        self.state,
-                        p.start,
-                        grad[p.offset : p.offset + p.size],
-                        part,
-                        hypers[p.param],
-                        count,
-                        tau,
-                        threads=self._threads,
-                        private=worker.private,
-                        arrival=arrival,
-                    )
-            worker.pushed[k] = True
-            self.versions[k] = worker.read[k] = version + 1
-            self.writers[k] = worker.index
-            taus[k] = tau
-            if worker.observer is not None:
-                worker.observer(k, read, version + 1)
+            parts = [None if (g := grads[p.param]) is None else g[p.offset : p.offset + p.size] for p in shard.pieces]
+            taus[k] = self._push_shard(worker, k, shard, parts, out, hypers, clock)
 
         self._over_shards(worker, apply)
         for tau in taus.tolist():
             if tau >= 0:
                 worker.staleness.add(tau)
+
+    def _push_shard(
+        self,
+        worker: Worker,
+        k: int,
+        shard: Shard,
+        grads: Sequence[np.ndarray | None],
+        out: np.ndarray,
+        hypers: Sequence[np.ndarray],
+        clock: int,
+    ) -> int:
+        """Update one shard, under its lock, with a gradient per piece; returns its staleness, -1 if it was only read."""
+        rule, keeps = self.rule, self.rule.own_copy
+        version, read = int(self.versions[k]), int(worker.read[k])
+        if not any([g is not None for g in grads]):
+            if not keeps:
+                np.copyto(out[shard.start : shard.stop], self.state[0, shard.start : shard.stop])
+            worker.read[k] = version
+            return -1
+        tau = version - read
+        arrival = rule.arrive(self.notes[k], not worker.pushed[k], clock)
+        count = worker.steps + 1 if keeps else version + 1
+        for p, grad in zip(shard.pieces, grads, strict=True):
+            part = out[p.start : p.start + p.size]
+            if grad is None:
+                if not keeps:
+                    np.copyto(part, self.state[0, p.start : p.start + p.size])
+            else:
+                rule.update(
+                    self.state,
+                    p.start,
+                    grad,
+                    part,
+                    hypers[p.param],
+                    count,
+                    tau,
+                    threads=self._threads,
+                    private=worker.private,
+                    arrival=arrival,
+                )
+        worker.pushed[k] = True
+        self.versions[k] = worker.read[k] = version + 1
+        self.writers[k] = worker.index
+        if worker.observer is not None:
+            worker.observer(k, read, version + 1)
+        return tau
 
     def _step_alone(
         self, worker: Worker, grads: Sequence[np.ndarray | None], out: np.ndarray, hypers: Sequence[np.ndarray]
@@ -282,11 +347,12 @@ class Store:
         if not self.rule.in_turn:
             return True
         i = worker.index
+        self.look()
         if self.excused[i]:  # it is back: it joins the round that the others are in
             there = (self.excused == 0) & (self.clocks != IDLE)
             if there.any():
-                self.clocks[i] = max(self.clocks[i], self.clocks[there].min())
-            self.excused[i] = 0
+                self.set_clock(i, max(int(self.clocks[i]), int(self.clocks[there].min())))
+            self.set_excused(i, 0)
         return bool((self.clocks[self.excused == 0] >= self.clocks[i]).all())
 
     def excuse(self, worker: Worker) -> None:
@@ -294,7 +360,8 @@ class Store:
 
         A worker that comes at this very moment is excused too; it only is not waited for, for one round.
         """
-        self.excused[self.clocks < self.clocks[worker.index]] = 1
+        for slow in np.flatnonzero(self.clocks < self.clocks[worker.index]).tolist():
+            self.set_excused(slow, 1)
 
     def take_turn(
         self,
@@ -362,6 +429,7 @@ class Store:
         return True
 
     def _ahead(self, worker: Worker) -> int:
+        self.look()
         mine = int(self.clocks[worker.index])
         return 0 if mine == IDLE else mine - int(self.clocks.min())
 

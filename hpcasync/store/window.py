@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -81,8 +82,17 @@ class WindowStore(Store):
         )
         self.barrier()
 
+    def publish(self, w: np.ndarray, *, keep_state: bool = False) -> None:
+        if self._world.rank == 0:
+            super().publish(w, keep_state=keep_state)
+        self.barrier()
+
+    def install(self, state: np.ndarray | None, versions: Sequence[int]) -> None:
+        if self._world.rank == 0:
+            super().install(state, versions)
+        self.barrier()
+
     def barrier(self) -> None:
-        """All ranks meet here and see each other's writes to the windows. Collective."""
         self._data.Sync()
         self._control.Sync()
         self._world.collectives.barrier()
