@@ -161,6 +161,7 @@ def _result(
         "staleness": staleness.summary(),
         "share": {k: float(np.mean([r["share"][k] for r in ranks])) for k in ("compute", "communicate", "wait")},
         "gradients": {"lane": simulation.gradients.lane, "per_call": _per_call(simulation)},
+        **({} if simulation.guidance is None else {"guided": simulation.guidance.record()}),
     }
 
 

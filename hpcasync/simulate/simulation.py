@@ -18,6 +18,7 @@ from hpcasync.rules import make_rule
 from hpcasync.simulate.cluster import StepTimes
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.gradients import Gradient, Gradients
+from hpcasync.simulate.guidance import Guidance
 from hpcasync.simulate.worker import Phase, Virtual
 from hpcasync.store import LocalStore, aligned_zeros, make_layout
 from hpcasync.store.layout import SHARD_ELEMENTS
@@ -89,6 +90,7 @@ class Simulation:
         batched = not config.naive and workers > 1
         threads = torch.get_num_threads()
         self.gradients = Gradients(model, self.layout, self.copies, samples, batched=batched, threads=threads)
+        self.guidance = Guidance(config, dataset, self.gradients, self.copies) if config.guided else None
         self.stores[0].rule.warm_up()
         self.now = 0.0
         self.loss = np.zeros(2)  # sum of losses times samples, samples; since the last evaluation
@@ -126,12 +128,13 @@ class Simulation:
             self._hypers[lr] = [hyper] * len(self.layout.sizes)
         return self._hypers[lr]
 
-    def took(self, worker: Virtual, gradient: Gradient) -> bool:
-        """Count a gradient; returns whether it may be applied."""
-        worker.samples += gradient.samples
-        self.total_samples += gradient.samples
-        self.loss += gradient.loss * gradient.samples, gradient.samples
-        self.stepped(worker.epoch + 1, worker.step + 1, gradient.loss)
+    def took(self, worker: Virtual, gradient: Gradient, *, replay: bool = False) -> bool:
+        """Count a gradient, of a replay only if it is not finite; returns whether it may be applied."""
+        if not replay:
+            worker.samples += gradient.samples
+            self.total_samples += gradient.samples
+            self.loss += gradient.loss * gradient.samples, gradient.samples
+            self.stepped(worker.epoch + 1, worker.step + 1, gradient.loss)
         if all(g is None or all_finite(g) for g in gradient.parts):
             return True
         worker.skipped += 1
@@ -156,7 +159,10 @@ class Simulation:
         worker.present += self.now - worker.present_from
         worker.life += 1
         worker.phase = Phase.ABSENT
+        worker.replays = []
         self.gradients.cancel(worker.index)
+        if self.guidance is not None:
+            self.guidance.forget(worker.index)
 
     def nobody_left(self) -> UsageError:
         """The error for a machine without workers."""

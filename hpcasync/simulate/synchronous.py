@@ -8,6 +8,7 @@ from torch import nn
 from hpcasync.data import Dataset
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.gradients import Gradient
+from hpcasync.simulate.guidance import Guidance
 from hpcasync.simulate.simulation import Simulation
 from hpcasync.simulate.worker import Phase, Virtual
 
@@ -71,11 +72,33 @@ class Synchronous(Simulation):
         if all(good):
             self._apply(alive, gradients)
         for worker in alive:
-            worker.updates += all(good)
             worker.steps += 1
             worker.step += 1
+        if self.guidance is not None:
+            self._replay(alive, self.guidance)
 
-    def _apply(self, alive: list[Virtual], gradients: list[Gradient]) -> None:
+    def _replay(self, alive: list[Virtual], guidance: Guidance) -> None:
+        """Score; then all make as many replays as the worker that has most, those with fewer contribute zero."""
+        batches = [w.batches[w.step - 1] for w in alive]
+        chosen = guidance.after_all([w.index for w in alive], alive[0].steps, batches)
+        exchange = self.cluster.network.allreduce(self.nbytes, len(alive))
+        for turn in range(max(map(len, chosen))):
+            busy = [(w, own[turn]) for w, own in zip(alive, chosen, strict=True) if turn < len(own)]
+            for worker, batch in busy:
+                worker.computing = worker.times.next()
+                worker.compute += worker.computing
+                self.gradients.request(worker.index, batch)
+            for worker in alive:
+                worker.communicate += exchange
+            self.now += max(w.computing for w, _ in busy) + exchange
+            gradients = [self.gradients.take(w.index) for w, _ in busy]
+            if all([self.took(w, g, replay=True) for (w, _), g in zip(busy, gradients, strict=True)]):
+                self._apply(alive, gradients, replay=True)
+            guidance.gradients += len(busy)
+            guidance.replays += 1
+
+    def _apply(self, alive: list[Virtual], gradients: list[Gradient], *, replay: bool = False) -> None:
+        """One push of the mean over ``alive``; a worker without a gradient counts as zero."""
         parts: list[np.ndarray | None] = []
         for given in zip(*(g.parts for g in gradients), strict=True):
             there = [g for g in given if g is not None]
@@ -84,10 +107,12 @@ class Synchronous(Simulation):
                 total += g
             parts.append(None if total is None else np.divide(total, np.float32(len(alive)), out=total))
         first = self.workers[0]
-        # One push of the mean; the same view each time, so that nothing is ever stale.
-        self.stores[0].push_pull(first.view, parts, first.out, self.hypers(alive[0].steps))
+        # The same view each time, so that nothing is ever stale.
+        self.stores[0].push_pull(first.view, parts, first.out, self.hypers(alive[0].steps - replay))
         first.view.staleness.counts[:] = 0
         self.copies[:] = self.stores[0].state[0]
+        for worker in alive:
+            worker.updates += 1
 
     def _change(self, now: float) -> None:
         """Who has come or gone since the last step."""

@@ -41,6 +41,7 @@ class Virtual:
         times: its step times.
         batches: samples of each step of the epoch.
         step: the next of them.
+        replays: batches that guided SGD has it replay before that.
         life: counts failures; an event of an earlier life is void.
     """
 
@@ -51,6 +52,7 @@ class Virtual:
     loader: Loader
     times: StepTimes
     batches: list[np.ndarray] = field(default_factory=list)
+    replays: list[np.ndarray] = field(default_factory=list)
     epoch: int = 0
     step: int = 0
     steps: int = 0

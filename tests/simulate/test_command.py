@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from hpcasync.cli import main
-from hpcasync.errors import UsageError
 from hpcasync.simulate import make_simulate_config
 from hpcasync.simulate.dry import dry_run
 from hpcasync.train.config import read_config
