@@ -141,10 +141,14 @@ class Split(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         y = torch.from_numpy(self.dataset.array(f"{self.split}/y")[indices])
         return torch.mul(x, self._factor).add_(self._offset), y
 
+    def flat(self) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]:
+        """For compiled loops: stored samples (N, F), labels (N,), and the factor and offset (F,) that normalise a sample."""
+        x, y = (self.dataset.array(f"{self.split}/{k}") for k in "xy")
+        factor, offset = (t.expand(self.dataset.shape).reshape(-1).numpy() for t in (self._factor, self._offset))
+        return x.reshape(len(x), -1), y, factor, offset
 
-def open_dataset(
-    source: str | os.PathLike[str] | Dataset, *, cache: str | os.PathLike[str] | None = None
-) -> Dataset:
+
+def open_dataset(source: str | os.PathLike[str] | Dataset, *, cache: str | os.PathLike[str] | None = None) -> Dataset:
     """Open a name, a path or an open data set (returned as it is).
 
     Args:

@@ -102,7 +102,7 @@ class Asynchronous(Simulation):
         worker.communicate += back
         when = start + back + worker.computing + there
         heapq.heappush(self._events, (when, _ARRIVE, worker.index, worker.life, False))
-        self.gradients.request(worker.index, worker.replays[0] if worker.replays else worker.batches[worker.step])
+        self.gradients.request(worker.index, worker.replays[0] if worker.replays else worker.batches[worker.step], when)
 
     def _transfer_at(self, worker: Virtual, ahead: int) -> float:
         """Seconds of a message after the worker's present step, or after the last (-1): own copies meet the centre rarely."""
@@ -138,6 +138,7 @@ class Asynchronous(Simulation):
         """Throw a gradient away that came out of turn."""
         gradient = self.gradients.take(worker.index)
         self.took(worker, gradient, replay=bool(worker.replays))
+        self.gradients.release(gradient)
         self._reread(worker)
         self._count(worker)
         self._next(worker, self.now)
@@ -158,7 +159,8 @@ class Asynchronous(Simulation):
             self._reread(worker)
             i = worker.view.index
             if store.clocks[i] != IDLE:
-                store.clocks[i] = max(store.clocks[i], store.excused[i]) + 1
+                store.clocks[i] += 1
+        self.gradients.release(gradient)
         self._count(worker)
         self._next(worker, done)
 
@@ -311,10 +313,11 @@ class Asynchronous(Simulation):
     def _resume(self, workers: list[Virtual]) -> None:
         """Go on together: the clocks are equal again, as after a live ``synchronize``."""
         for group, store in enumerate(self.stores):
-            most = max([w.steps for w in self.workers if w.group == group] + [int(store.excused.max())])
+            most = max(w.steps for w in self.workers if w.group == group)
             for worker in workers:
                 if worker.group == group:
                     store.clocks[worker.view.index] = most
+                    store.excused[worker.view.index] = 0
         for worker in workers:
             self._read(worker, self.now)
 

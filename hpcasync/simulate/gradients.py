@@ -1,10 +1,10 @@
-"""Gradients of virtual workers: each at its own copy of the parameters, those in flight together in one call."""
+"""Gradients of virtual workers, each at its own copy of the parameters, several at a time."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,29 +14,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpcasync.data import Split
-from hpcasync.simulate.stacked import StackedMLP
-from hpcasync.store import Layout
+from hpcasync.kernels import all_finite
+from hpcasync.simulate.ahead import Ahead
+from hpcasync.simulate.perceptron import Perceptron
+from hpcasync.store import Layout, aligned_zeros
 
-Lane = Literal["naive", "stacked", "threads"]
+Lane = Literal["naive", "compiled", "threads"]
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """One gradient: per parameter float32 (size,) or None, the mean loss, and the samples behind it."""
+    """One gradient.
+
+    Attributes:
+        parts: per parameter of ``Gradients.pushed`` float32 (size,), or None.
+        loss: the mean over the batch.
+        samples: of the batch.
+        finite: whether it holds neither NaN nor infinity.
+        buffers: the model's buffers afterwards.
+    """
 
     parts: list[np.ndarray | None]
     loss: float
     samples: int
+    finite: bool
+    buffers: list[Tensor]
 
 
 class Gradients:
-    """Evaluates gradients as late as possible, and then all at once whose copy and batch are known.
+    """Evaluates gradients, on one thread each, while others are pushed.
 
     A worker's copy and batch are fixed when it begins to compute (``request``); the gradient is needed when its push
-    arrives (``take``). In between, others have begun: the first that is needed takes all of them along. *stacked*
-    evaluates a perceptron's in batched matrix products; *threads* evaluates any other model's side by side, each on one
-    thread of its own; *naive* evaluates each when it is needed. All give the same values up to rounding; each is
-    bit-identical for a seed.
+    arrives (``take``). Whatever has been requested may be computed at once, so all CPU threads work, the soonest needed
+    first. *compiled*: a perceptron, in one compiled call each; *threads*: any other model, by autograd; *naive*: by autograd,
+    one after the other, each when it is needed, on all threads together. All give the same values up to rounding. The bits of
+    *compiled* and *threads* do not depend on the number of threads.
 
     Args:
         model: float32; its parameters are pointed elsewhere.
@@ -53,42 +65,50 @@ class Gradients:
         self.model, self.layout, self.copies, self.samples = model, layout, copies, samples
         self._copies = torch.from_numpy(copies)
         self._threads = threads
-        self._waiting: dict[int, np.ndarray] = {}  # worker: the samples of its batch
-        self._ready: dict[int, Gradient] = {}
-        self.calls = self.evaluated = 0
         self._lane, self.note = _choose(model, samples, batched, threads)
-        self._stacked = StackedMLP(model, layout.starts) if self._lane == "stacked" else None
-        replicas = threads if self._lane == "threads" else 1
+        self.lanes = 1 if self._lane == "naive" else threads
+        self._compiled = Perceptron(model, layout.starts, samples, self.lanes) if self._lane == "compiled" else None
+        replicas = self.lanes if self._compiled is None else 1
         self._replicas = [model] + [copy.deepcopy(model) for _ in range(replicas - 1)]
         self._params = [list(m.parameters()) for m in self._replicas]
         self._buffers = [list(m.buffers()) for m in self._replicas]
         own = self._buffers[0]
         self.buffers = [[b.clone() for b in own] for _ in range(len(copies))] if own else []
-        self._pool = ThreadPoolExecutor(replicas) if replicas > 1 else None
+        self._free: list[np.ndarray] = []  # rows for gradients; the last given back, still in the cache, is used first
+        self._alone = self._lane == "threads"  # torch computes on one thread
+        self._ahead: Ahead[np.ndarray, Gradient] = Ahead(self._one if self._compiled is None else self._row, self.lanes - 1)
 
     @property
     def lane(self) -> Lane:
         """How gradients are evaluated."""
         return self._lane
 
-    def request(self, worker: int, indices: np.ndarray) -> None:
-        """Worker ``worker`` begins to compute on the samples ``indices``; its copy stays as it is until ``take``."""
-        self._waiting[worker] = indices
+    @property
+    def pushed(self) -> tuple[int, ...]:
+        """Sizes of the parameters as the gradients' ``parts`` have them: a compiled gradient is one, its gaps included."""
+        return self.layout.sizes if self._compiled is None else (self.layout.total,)
+
+    def request(self, worker: int, indices: np.ndarray, when: float = 0.0) -> None:
+        """Worker ``worker`` begins to compute on the samples ``indices``; its copy stays as it is until ``take``, at ``when``."""
+        self._ahead.request(worker, indices, when)
 
     def cancel(self, worker: int) -> None:
         """Forget what the worker was computing."""
-        self._waiting.pop(worker, None)
-        self._ready.pop(worker, None)
+        self._ahead.cancel(worker)
 
     def take(self, worker: int) -> Gradient:
         """The gradient that ``request`` asked for."""
-        if worker not in self._ready:
-            todo = [worker] if self._lane == "naive" else sorted(self._waiting)
-            self.calls += 1
-            self.evaluated += len(todo)
-            batches = [self._waiting.pop(w) for w in todo]
-            self._ready.update(zip(todo, self._evaluate(todo, batches), strict=True))
-        return self._ready.pop(worker)
+        if self._alone and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)
+        gradient = self._ahead.take(worker)
+        if self.buffers:
+            _copy_all(self.buffers[worker], gradient.buffers)
+        return gradient
+
+    def release(self, gradient: Gradient) -> None:
+        """Say that a gradient's arrays are not needed any more."""
+        if self._compiled is not None and gradient.parts[0] is not None:
+            self._free.append(gradient.parts[0])
 
     def average_buffers(self, workers: Sequence[int]) -> None:
         """Give all workers the mean of the buffers of ``workers``; of integer buffers the first's."""
@@ -105,58 +125,42 @@ class Gradients:
             _copy_all(self._buffers[0], self.buffers[worker])
         return self.model
 
+    @contextmanager
+    def evaluation(self, w: np.ndarray) -> Iterator[nn.Module]:
+        """``load(w)`` with all CPU threads for torch; nothing is computed ahead meanwhile."""
+        with self._ahead.pause():
+            torch.set_num_threads(self._threads)
+            yield self.load(w)
+
     def close(self) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._ahead.close()
+        torch.set_num_threads(self._threads)
 
-    def _evaluate(self, workers: list[int], batches: list[np.ndarray]) -> list[Gradient]:
-        if self._stacked is not None and len(workers) > 1:
-            return self._evaluate_stacked(workers, batches)
-        if self._pool is None or len(workers) == 1:
-            return [self._one(0, w, b) for w, b in zip(workers, batches, strict=True)]
-        torch.set_num_threads(1)  # MKL keeps one number for all threads
+    def _row(self, lane: int, worker: int, indices: np.ndarray) -> Gradient:
+        """A compiled gradient."""
+        assert self._compiled is not None
         try:
-            lanes = range(len(self._replicas))
-            jobs = [self._pool.submit(self._share, k, workers[k :: len(lanes)], batches[k :: len(lanes)]) for k in lanes]
-            shares = [job.result() for job in jobs]
-        finally:
-            torch.set_num_threads(self._threads)
-        return [shares[i % len(lanes)][i // len(lanes)] for i in range(len(workers))]
+            out = self._free.pop()
+        except IndexError:
+            out = aligned_zeros(1, self.layout.total)[0]
+        loss, finite = self._compiled(lane, self.copies[worker], indices, out)
+        return Gradient([out], loss, len(indices), finite, [])
 
-    def _share(self, replica: int, workers: list[int], batches: list[np.ndarray]) -> list[Gradient]:
-        torch.set_num_threads(1)
-        return [self._one(replica, w, b) for w, b in zip(workers, batches, strict=True)]
-
-    def _one(self, replica: int, worker: int, indices: np.ndarray) -> Gradient:
-        model, params = self._replicas[replica], self._params[replica]
-        self._point(replica, self._copies[worker])
+    def _one(self, lane: int, worker: int, indices: np.ndarray) -> Gradient:
+        """A gradient by autograd."""
+        if lane:
+            torch.set_num_threads(1)
+        model, params, buffers = self._replicas[lane], self._params[lane], self._buffers[lane]
+        self._point(lane, self._copies[worker])
         if self.buffers:
-            _copy_all(self._buffers[replica], self.buffers[worker])
+            _copy_all(buffers, self.buffers[worker])
         x, y = self.samples.batch(indices)
         loss = F.cross_entropy(model(x), y)
         loss.backward()
-        if self.buffers:
-            _copy_all(self.buffers[worker], self._buffers[replica])
         parts = [None if p.grad is None else p.grad.reshape(-1).numpy() for p in params]
-        return Gradient(parts, loss.item(), len(indices))
-
-    def _evaluate_stacked(self, workers: list[int], batches: list[np.ndarray]) -> list[Gradient]:
-        assert self._stacked is not None
-        sizes = np.array([len(b) for b in batches])
-        longest = int(sizes.max())
-        if sizes.min() < longest:  # filled up with samples of weight 0
-            batches = [np.append(b, np.repeat(b[:1], longest - len(b))) for b in batches]
-        weight = (np.arange(longest) < sizes[:, None]) / sizes[:, None]
-        x, y = self.samples.batch(np.concatenate(batches))
-        copies = self._copies if len(workers) == len(self._copies) else self._copies[workers]
-        shape = (len(workers), longest)
-        grads, losses = self._stacked(copies, x.view(*shape, -1), y.view(shape), torch.from_numpy(weight).float())
-        arrays = [g.numpy() for g in grads]
-        return [
-            Gradient([a[i] for a in arrays], loss, size)
-            for i, (loss, size) in enumerate(zip(losses.tolist(), sizes.tolist(), strict=True))
-        ]
+        finite = all(g is None or all_finite(g) for g in parts)
+        return Gradient(parts, loss.item(), len(indices), finite, [b.clone() for b in buffers])
 
     def _point(self, replica: int, flat: Tensor) -> None:
         """Make the parameters views of one copy."""
@@ -169,8 +173,8 @@ def _choose(model: nn.Module, samples: Split, batched: bool, threads: int) -> tu
     """How to evaluate the model's gradients, and a note where that is not what was asked for."""
     if not batched:
         return "naive", ""
-    if StackedMLP.fits(model):
-        return "stacked", ""
+    if Perceptron.fits(model):
+        return "compiled", ""
     before = torch.get_rng_state()
     # Two samples, for batch normalisation; on a copy, whose statistics nobody reads.
     copy.deepcopy(model)(samples.batch(np.arange(2) % len(samples))[0])

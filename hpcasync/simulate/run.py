@@ -113,7 +113,8 @@ class _Watch:
     def _evaluate(self, epoch: float, seconds: float, w: np.ndarray) -> None:
         simulation = self._simulation
         self.parameters = w.copy()
-        test_loss, accuracy = evaluate(simulation.gradients.load(self.parameters), self._dataset, self._world)
+        with simulation.gradients.evaluation(self.parameters) as model:
+            test_loss, accuracy = evaluate(model, self._dataset, self._world)
         loss, samples = simulation.loss
         row = {
             "epoch": epoch,
@@ -123,7 +124,7 @@ class _Watch:
             "test_loss": test_loss,
             "test_accuracy": accuracy,
         }
-        simulation.loss = np.zeros(2)
+        simulation.loss = [0.0, 0.0]
         self.rows.append(row)
         if self._folder is not None:
             self._folder.add(row)
@@ -160,11 +161,6 @@ def _result(
         "seed": config.seed,
         "staleness": staleness.summary(),
         "share": {k: float(np.mean([r["share"][k] for r in ranks])) for k in ("compute", "communicate", "wait")},
-        "gradients": {"lane": simulation.gradients.lane, "per_call": _per_call(simulation)},
+        "gradients": {"lane": simulation.gradients.lane, "threads": simulation.gradients.lanes},
         **({} if simulation.guidance is None else {"guided": simulation.guidance.record()}),
     }
-
-
-def _per_call(simulation: Simulation) -> float:
-    gradients = simulation.gradients
-    return gradients.evaluated / gradients.calls if gradients.calls else 0.0

@@ -12,7 +12,6 @@ from torch import nn
 
 from hpcasync.data import Dataset, Loader, make_partition
 from hpcasync.errors import UsageError
-from hpcasync.kernels import all_finite
 from hpcasync.modes.flat import check_dtypes, groups_of
 from hpcasync.rules import make_rule
 from hpcasync.simulate.cluster import StepTimes
@@ -67,7 +66,13 @@ class Simulation:
         place = [i * groups // workers for i in range(workers)]
         # In mode sync one worker pushes for all.
         members = [1] if config.mode == "sync" else [place.count(g) for g in range(groups)]
-        self.stores = [LocalStore(self.layout, self.rule, workers=count) for count in members]
+        samples = dataset.as_torch("train")
+        self.train_size = len(samples)
+        batched = not config.naive and workers > 1
+        threads = torch.get_num_threads()
+        self.gradients = Gradients(model, self.layout, self.copies, samples, batched=batched, threads=threads)
+        layout = make_layout(self.gradients.pushed, SHARD_ELEMENTS)
+        self.stores = [LocalStore(layout, self.rule, workers=count) for count in members]
         for store in self.stores:
             store.start_state(start)
         parts = "iid"
@@ -85,15 +90,10 @@ class Simulation:
             for i in range(workers)
         ]
         self.steps_per_epoch = len(self.workers[0].loader)
-        samples = dataset.as_torch("train")
-        self.train_size = len(samples)
-        batched = not config.naive and workers > 1
-        threads = torch.get_num_threads()
-        self.gradients = Gradients(model, self.layout, self.copies, samples, batched=batched, threads=threads)
         self.guidance = Guidance(config, dataset, self.gradients, self.copies) if config.guided else None
         self.stores[0].rule.warm_up()
         self.now = 0.0
-        self.loss = np.zeros(2)  # sum of losses times samples, samples; since the last evaluation
+        self.loss = [0.0, 0.0]  # sum of losses times samples, samples; since the last evaluation
         self.total_samples = 0
         self.evaluated: Evaluated = lambda epoch, seconds, w: None
         self.stepped: Stepped = lambda epoch, step, loss: None
@@ -125,7 +125,7 @@ class Simulation:
         if lr not in self._hypers:
             self._hypers.clear()
             hyper = self.rule.hyper({**self.rule.group_options(), "lr": lr})
-            self._hypers[lr] = [hyper] * len(self.layout.sizes)
+            self._hypers[lr] = [hyper] * len(self.gradients.pushed)
         return self._hypers[lr]
 
     def took(self, worker: Virtual, gradient: Gradient, *, replay: bool = False) -> bool:
@@ -133,9 +133,10 @@ class Simulation:
         if not replay:
             worker.samples += gradient.samples
             self.total_samples += gradient.samples
-            self.loss += gradient.loss * gradient.samples, gradient.samples
+            self.loss[0] += gradient.loss * gradient.samples
+            self.loss[1] += gradient.samples
             self.stepped(worker.epoch + 1, worker.step + 1, gradient.loss)
-        if all(g is None or all_finite(g) for g in gradient.parts):
+        if gradient.finite:
             return True
         worker.skipped += 1
         message = f"worker {worker.index}, step {worker.steps + 1}: NaN or infinity in the gradient"

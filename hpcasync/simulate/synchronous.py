@@ -111,6 +111,8 @@ class Synchronous(Simulation):
         self.stores[0].push_pull(first.view, parts, first.out, self.hypers(alive[0].steps - replay))
         first.view.staleness.counts[:] = 0
         self.copies[:] = self.stores[0].state[0]
+        for gradient in gradients:
+            self.gradients.release(gradient)
         for worker in alive:
             worker.updates += 1
 
