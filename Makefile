@@ -15,7 +15,7 @@ PIP      := -m pip install --disable-pip-version-check -c constraints.txt
 MANIFEST := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean python-check
+.PHONY: help install demo test lint bench horovod clean python-check
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test      install, add the test tools and the Open MPI lane, run all tests (PYTEST_ARGS=... adds flags)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     every benchmark, in its quick form"
+	@echo "make horovod   build Horovod for .venv (minutes, then cached outside the checkout), for --collectives horovod"
 	@echo "make clean     remove both environments and everything built"
 
 install: $(VENV)/.installed
@@ -71,6 +72,10 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	@set -e; for script in benchmarks/*.py; do \
 	  [ -e "$$script" ] || continue; echo "== $$script"; $(VENV)/bin/python "$$script" --quick; done
+
+horovod: export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
+horovod: $(VENV)/.installed
+	$(VENV)/bin/hpcasync build-horovod
 
 clean:
 	rm -rf $(VENV) $(OMPI) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,12 +26,12 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The parser with all commands; each sets ``run`` to what it does."""
     from hpcasync import __version__
-    from hpcasync.cli import data, demo, simulate, submit, train
+    from hpcasync.cli import bench, build_horovod, data, demo, simulate, submit, train
     from hpcasync.cli import list as listing
 
     parser = Parser(prog="hpcasync", description="Asynchronous, synchronous and K-step data-parallel training over MPI.")
     parser.add_argument("--version", action="version", version=f"hpcasync {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (train, submit, simulate, demo, data, listing):
+    for module in (train, submit, simulate, demo, data, listing, bench, build_horovod):
         module.add(commands)
     return parser
