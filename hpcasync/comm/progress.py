@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from hpcasync.kernels.atomic import call_iprobe, call_usleep, load_word
+from hpcasync.backoff import Backoff
+from hpcasync.kernels.watch import watch
 
 PROBES = 16
 """Calls of ``MPI_Iprobe`` per turn: each moves one message on, a request takes several."""
@@ -26,23 +26,6 @@ sender's next operations are on their way."""
 
 EAGER_TURNS = 30
 """Turns with the short sleep after a request."""
-
-
-@njit(nogil=True, cache=True)
-def _watch(iprobe, usleep, comm, source, tag, scratch, probes, sleep, short, eager, requests, done, first, stop):
-    """Turn until a word of ``requests`` differs from that of ``done``: its index, looking from ``first`` on; -1: stopped."""
-    count = requests.size
-    flag, status = scratch.ctypes.data, scratch.ctypes.data + 64
-    while load_word(stop.ctypes.data) == 0:
-        for _ in range(probes):
-            call_iprobe(iprobe, source, tag, comm, flag, status)
-        for i in range(count):
-            at = 8 * ((first + i) % count)
-            if load_word(requests.ctypes.data + at) != load_word(done.ctypes.data + at):
-                return (first + i) % count
-        call_usleep(usleep, short if eager > 0 else sleep)
-        eager -= 1
-    return -1
 
 
 class Watcher:
@@ -72,7 +55,7 @@ class Watcher:
     def turn(self, first: int = 0, eager: int = 0) -> int:
         """The index of an open request, the search beginning at ``first``; -1 once stopped."""
         short = min(SHORT_SLEEP, self._sleep)
-        return int(_watch(*self._fixed, short, eager, *self._words, first, self._stop))
+        return int(watch(*self._fixed, short, eager, *self._words, first, self._stop))
 
     def stop(self) -> None:
         """Let ``turn`` return -1 from now on."""
@@ -114,8 +97,6 @@ class ProgressThread:
 
 def serve_until_stopped(watcher: Watcher, serve: Callable[[int], bool]) -> None:
     """Serve every open request, others first where one can't be served now."""
-    from hpcasync.backoff import Backoff
-
     at, eager, backoff = 0, 0, Backoff()
     while True:
         at = watcher.turn(at, eager)

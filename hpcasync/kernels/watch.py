@@ -1,0 +1,24 @@
+"""The loop of the progress thread: it lets MPI go on and watches words, without the GIL."""
+
+from __future__ import annotations
+
+from numba import njit
+
+from hpcasync.kernels.atomic import call_iprobe, call_usleep, load_word
+
+
+@njit(nogil=True, cache=True)
+def watch(iprobe, usleep, comm, source, tag, scratch, probes, sleep, short, eager, requests, done, first, stop):
+    """Turn until a word of ``requests`` differs from that of ``done``: its index, looking from ``first`` on; -1: stopped."""
+    count = requests.size
+    flag, status = scratch.ctypes.data, scratch.ctypes.data + 64
+    while load_word(stop.ctypes.data) == 0:
+        for _ in range(probes):
+            call_iprobe(iprobe, source, tag, comm, flag, status)
+        for i in range(count):
+            at = 8 * ((first + i) % count)
+            if load_word(requests.ctypes.data + at) != load_word(done.ctypes.data + at):
+                return (first + i) % count
+        call_usleep(usleep, short if eager > 0 else sleep)
+        eager -= 1
+    return -1

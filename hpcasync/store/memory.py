@@ -1,0 +1,80 @@
+"""The memory of the ports: shared inside a node, a window between nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+
+from hpcasync.store.placement import Port, Segment
+
+
+class Memory:
+    """Every port's segment: as an array for the ranks of its node, by put, get and atomics for all others.
+
+    ``Allocate_shared`` on the node gives loads and stores; ``Create`` on the own segment over all nodes gives one-sided
+    access to the very same memory. One ``Lock_all`` epoch lasts for the life of the windows. Constructor and ``free`` are
+    collective over ``comm``. Only one thread may call the operations.
+
+    Args:
+        comm: all processes, on all nodes.
+        node_comm: those of this node.
+        ports: of all nodes.
+        segments: of the ports, in the same order.
+    """
+
+    def __init__(self, comm: Any, node_comm: Any, ports: Sequence[Port], segments: Sequence[Segment]) -> None:
+        from mpi4py import MPI
+
+        self._ports = ports
+        mine = [s for p, s in zip(ports, segments, strict=True) if p.rank == comm.rank]
+        size = mine[0].offsets["end"] if mine else 0
+        self._shared = MPI.Win.Allocate_shared(size, 1, comm=node_comm)
+        own = cast(Any, self._shared.Shared_query(node_comm.rank)[0])
+        if mine:
+            np.frombuffer(own, np.uint8)[: mine[0].offsets["state"]] = 0
+        self._window = MPI.Win.Create(own if mine else None, 1, comm=comm)
+        there = comm.group.Translate_ranks([p.rank for p in ports], node_comm.group)
+        self.local: dict[int, np.ndarray] = {
+            i: np.frombuffer(cast(Any, self._shared.Shared_query(rank)[0]), np.uint8)[: s.offsets["end"]]
+            for i, (rank, s) in enumerate(zip(there, segments, strict=True))
+            if rank != MPI.UNDEFINED
+        }
+        for window in (self._shared, self._window):
+            window.Lock_all(MPI.MODE_NOCHECK)
+        self._replace = MPI.REPLACE
+        self._types = {np.dtype(np.float32): MPI.FLOAT, np.dtype(np.float64): MPI.DOUBLE, np.dtype(np.int64): MPI.INT64_T}
+        self._types[np.dtype(np.uint8)] = MPI.BYTE
+        self._word = MPI.INT64_T
+        self.sync()
+
+    def sync(self) -> None:
+        """See what others of this node have written, and let them see this rank's."""
+        self._shared.Sync()
+        self._window.Sync()
+
+    def put(self, port: int, offset: int, values: np.ndarray) -> None:
+        """Begin to write ``values`` at a byte of a port on another node."""
+        kind = self._types[values.dtype]
+        self._window.Put((values, kind), self._ports[port].rank, (offset, values.size, kind))
+
+    def get(self, port: int, offset: int, values: np.ndarray) -> None:
+        """Begin to read into ``values``."""
+        kind = self._types[values.dtype]
+        self._window.Get((values, kind), self._ports[port].rank, (offset, values.size, kind))
+
+    def swap(self, port: int, offset: int, value: np.ndarray, found: np.ndarray) -> None:
+        """Begin to replace an int64 word atomically; both arrays have one element."""
+        self._window.Fetch_and_op((value, self._word), (found, self._word), self._ports[port].rank, offset, self._replace)
+
+    def flush(self, port: int) -> None:
+        """Wait until everything begun on the port is done."""
+        self._window.Flush(self._ports[port].rank)
+
+    def free(self) -> None:
+        """Give the windows back. Collective."""
+        self.local = {}
+        for window in (self._window, self._shared):
+            window.Unlock_all()
+            window.Free()
