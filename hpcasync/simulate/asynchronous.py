@@ -87,7 +87,7 @@ class Asynchronous(Simulation):
                 self._join(worker)
             else:
                 self._fail(worker)
-            if not self._settle():
+            if not self._settle(reads=kind == _ARRIVE and worker.phase is Phase.BUSY):
                 return
 
     # One worker's way.
@@ -246,8 +246,10 @@ class Asynchronous(Simulation):
 
     # What others wait for.
 
-    def _settle(self) -> bool:
+    def _settle(self, *, reads: bool) -> bool:
         """Let go on whoever may; returns whether the simulation does."""
+        if reads and not self._held and self._bound is None and self._budget < 0:
+            return True  # nobody waits for a push, and not all wait for each other
         progress = True
         while progress:
             if 0 <= self._budget <= self._pushes:
