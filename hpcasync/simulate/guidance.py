@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hpcasync.data import Dataset, verification_batch
 from hpcasync.modes.batch_memory import BatchMemory
 from hpcasync.simulate.config import SimulateConfig
-from hpcasync.simulate.gradients import Gradients
+from hpcasync.store import Layout
 
 Indices = np.ndarray
 
@@ -22,8 +24,10 @@ class Guidance:
     Args:
         config: with ``rho``, ``verification`` and ``seed``.
         dataset: open; verification samples are of its training split.
-        gradients: whose model is evaluated.
-        copies: float32 (workers, elements); row i is worker i's copy.
+        model: what is evaluated, by a copy of its own, so that gradients may be computed meanwhile.
+        layout: where each parameter lies in a worker's copy.
+        copies: float32 (workers, layout.total); row i is worker i's copy.
+        buffers: each worker's, or none.
 
     Attributes:
         evaluations: forward passes of all workers, for verification and scores.
@@ -34,12 +38,22 @@ class Guidance:
         UsageError: ``rho`` below 2, more verification samples than training data.
     """
 
-    def __init__(self, config: SimulateConfig, dataset: Dataset, gradients: Gradients, copies: np.ndarray) -> None:
+    def __init__(
+        self,
+        config: SimulateConfig,
+        dataset: Dataset,
+        model: nn.Module,
+        layout: Layout,
+        copies: np.ndarray,
+        buffers: Sequence[Sequence[Tensor]],
+    ) -> None:
         self.rho = config.rho
         self.evaluations = self.gradients = self.replays = 0
         self._memories: list[BatchMemory[Indices]] = [BatchMemory(config.rho) for _ in range(config.workers)]
-        self._source = gradients
-        self._copies = copies
+        self._model = copy.deepcopy(model).eval()
+        self._params = list(zip(self._model.parameters(), layout.starts, layout.sizes, strict=True))
+        self._copies, self._buffers = torch.from_numpy(copies), buffers
+        self._samples = dataset.as_torch("train")
         self._verification = verification_batch(dataset, config.verification, config.seed)
 
     def after(self, worker: int, step: int, batch: Indices) -> list[Indices]:
@@ -70,7 +84,7 @@ class Guidance:
 
     def _losses(self, workers: Sequence[int], older: Sequence[list[Indices]]) -> list[tuple[float, list[float]]]:
         """Per worker the verification loss and those of its older batches."""
-        if len(workers) > 1 and not self._source.buffers:  # a synchronous step: the copies are equal
+        if len(workers) > 1 and not self._buffers:  # a synchronous step: the copies are equal
             verification, losses = self._forward(workers[0], [batch for own in older for batch in own])
             shares = iter(losses)
             return [(verification, [next(shares) for _ in own]) for own in older]
@@ -78,17 +92,18 @@ class Guidance:
 
     @torch.no_grad()
     def _forward(self, worker: int, batches: list[Indices]) -> tuple[float, list[float]]:
-        """Mean losses on the verification batch and on ``batches``, in evaluation mode, by one pass over all samples."""
+        """Mean losses on the verification batch and on ``batches``, by one pass over all samples."""
         x, y = self._verification
         sizes = [len(y), *(len(b) for b in batches)]
         if batches:
-            more = self._source.samples.batch(np.concatenate(batches))
+            more = self._samples.batch(np.concatenate(batches))
             x, y = torch.cat([x, more[0]]), torch.cat([y, more[1]])
-        model = self._source.load(self._copies[worker], worker)
-        training = model.training
-        model.eval()
-        each = F.cross_entropy(model(x), y, reduction="none").double().numpy()
-        model.train(training)
+        for p, start, size in self._params:
+            p.data = self._copies[worker, start : start + size].view(p.shape)
+        if self._buffers:
+            for mine, theirs in zip(self._model.buffers(), self._buffers[worker], strict=True):
+                mine.copy_(theirs)
+        each = F.cross_entropy(self._model(x), y, reduction="none").double().numpy()
         starts = np.cumsum([0, *sizes[:-1]])
         means = (np.add.reduceat(each, starts) / sizes).tolist()
         return means[0], means[1:]

@@ -90,7 +90,8 @@ class Simulation:
             for i in range(workers)
         ]
         self.steps_per_epoch = len(self.workers[0].loader)
-        self.guidance = Guidance(config, dataset, self.gradients, self.copies) if config.guided else None
+        given = (model, self.layout, self.copies, self.gradients.buffers)
+        self.guidance = Guidance(config, dataset, *given) if config.guided else None
         self.stores[0].rule.warm_up()
         self.now = 0.0
         self.loss = [0.0, 0.0]  # sum of losses times samples, samples; since the last evaluation
