@@ -194,8 +194,9 @@ def _alternatives(own: Keys | Sequence[Keys]) -> Sequence[Keys]:
 
 
 def _keys(cell: Cell, own: Keys, lr: float, seed: int) -> Keys:
-    keys = {**cell.common, **own, "seed": seed}
-    return {**keys, "lr": lr * keys.pop("scale", 1)}
+    keys = {**cell.common, **own, "seed": seed, "lr": lr * own.get("scale", 1)}
+    keys.pop("scale", None)
+    return keys
 
 
 def _score(run: Run) -> float:

@@ -8,7 +8,7 @@ BASES = {"sgd": 0, "momentum": 1, "nesterov": 2, "rmsprop": 3, "adam": 4, "adamw
 VARIANTS = {"none": 0, "opposed": 1, "opposed-strength": 2, "consistency": 3, "rate": 4}
 """Codes of the modifiers."""
 
-GRADIENTS = {"own": 0, "compensated": 1, "compensated-adaptive": 2, "sum": 3, "ring": 4, "round": 5}
+GRADIENTS = {"own": 0, "compensated": 1, "compensated-adaptive": 2, "sum": 3, "ring": 4, "round": 5, "groups": 6}
 """Codes of the gradient stages: which gradient the base step is given."""
 
 PLAN = {

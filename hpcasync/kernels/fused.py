@@ -15,8 +15,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from hpcasync.kernels.codes import HYPER, PLAN
-from hpcasync.kernels.gradient import effective_gradient
+from hpcasync.kernels.codes import GRADIENTS, HYPER, PLAN
+from hpcasync.kernels.gradient import effective_gradient, gather
 
 BLOCK, PLAIN_BLOCK = 512, 1536
 """Elements, measured from 128 to 16384: short, so that the processor's prefetch goes on from one block to the next (6-20 %
@@ -25,6 +25,7 @@ at 25 M elements); longer for plain sgd, where the 80 ns that a block costs show
 _BASE, _VARIANT, _MASKED, _VECTORS = PLAN["base"], PLAN["variant"], PLAN["masked"], PLAN["vectors"]
 _GRADIENT, _WINDOW, _BOXED, _OWN_COPY = PLAN["gradient"], PLAN["window"], PLAN["boxed"], PLAN["own_copy"]
 _UNCORRECTED, _GUARDED = PLAN["uncorrected"], PLAN["guarded"]
+_GROUPS = GRADIENTS["groups"]
 _LOW, _HIGH, _MOVING_RATE = HYPER["low"], HYPER["high"], HYPER["moving_rate"]
 _TINY = np.float32(1e-30)
 _ONE = np.float32(1)
@@ -292,12 +293,18 @@ def fused_update(
         hyper: float64, laid out by ``HYPER``.
         count: this update's number for the shard, from 1 (bias correction).
         tau: updates applied to the shard since the caller read it.
-        arrival: number of gradients in the mean ("sum", "round"); with ``own_copy`` whether to exchange with ``w``.
+        arrival: number of gradients in the mean ("sum", "round", "groups"); with ``own_copy`` whether to exchange with ``w``.
     """
     if plan[_OWN_COPY] != 0:
         _own_copy_update(state, start, grad, out, private, plan, hyper, count, arrival)
         return
     base, variant, gradient = plan[_BASE], plan[_VARIANT], plan[_GRADIENT]
+    if gradient == _GROUPS:
+        end = start + grad.size
+        if arrival < plan[_WINDOW]:
+            gather(grad, state[1 + plan[_VECTORS], start:end], np.float32(arrival), state[0, start:end], out)
+            return
+        count = (count + plan[_WINDOW] - 1) // plan[_WINDOW]  # of the steps: one per group
     vectors, masked, boxed = plan[_VECTORS], plan[_MASKED] != 0, plan[_BOXED] != 0
     lr, decay = hyper[0], hyper[1]
     decoupled = base == 5

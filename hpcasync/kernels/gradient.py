@@ -65,11 +65,19 @@ def _add(e, g):
 
 @njit(**_OPTIONS)
 def _round(e, g, mean, count):
-    """Running mean of a round: ``mean += (g - mean) / count``; the first gradient of a round is the mean."""
+    """Running mean of a round or group: ``mean += (g - mean) / count``; the first gradient of it is the mean."""
     for i in range(e.size):
         m = g[i] if count == 1 else mean[i] + (g[i] - mean[i]) / count
         mean[i] = m
         e[i] = m
+
+
+@njit(**_OPTIONS)
+def gather(g, mean, count, w, out):
+    """Take ``g`` into the running mean of a group that is not full yet, and only read ``w``."""
+    for i in range(g.size):
+        mean[i] = g[i] if count == 1 else mean[i] + (g[i] - mean[i]) / count
+        out[i] = w[i]
 
 
 @njit(**_OPTIONS)

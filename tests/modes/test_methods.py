@@ -229,6 +229,7 @@ RULES = [
     ["staleness-aware", "--base", "momentum"], ["dc-asgd"], ["dc-asgd", "--adaptive"], ["hogwild"], ["easgd", "--period", "4"],
     ["eamsgd"], ["apam"], ["apam", "--style", "paper", "--step-size", "sqrt", "--lr", "0.005", "--low", "-1", "--high", "1"],
     ["gsgm"], ["gsgm", "--average", "round", "--base", "rmsprop", "--lr", "0.002"], ["gsgm", "--window", "2"],
+    ["gsgm", "--average", "groups", "--lr", "0.2"],
 ]  # fmt: skip
 
 PROGRAM = """

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from hpcasync.kernels import BASES
 from hpcasync.kernels.fused import BLOCK
@@ -69,6 +70,7 @@ def test_equals_the_reference_with_a_delay(base: str) -> None:
     run(GSGM(base=base, **OPTIONS).bind(3), grads, 2, delay=0.1, arrivals=[1, 2, 2, 3, 3, 3])
     run(GSGM(base=base, window=2, **OPTIONS).bind(3), grads, 2, delay=0.1)
     run(GSGM(base=base, average="round", **OPTIONS).bind(3), grads, 2, delay=0.1, arrivals=[1, 2, 3, 1, 2, 1])
+    run(GSGM(base=base, average="groups", **OPTIONS).bind(3), grads, 2, delay=0.1, arrivals=[1, 2, 3, 1, 2, 3])
 
 
 @pytest.mark.parametrize("step_size", ["constant", "sqrt"])
@@ -102,6 +104,7 @@ SAME = [
     (GSGM(base="momentum", **OPTIONS), ASGD(base="momentum", **OPTIONS)),
     (GSGM(base="momentum", average="round", **OPTIONS), ASGD(base="momentum", **OPTIONS)),
     (GSGM(window=1, **OPTIONS).bind(4), ASGD(base="ema", **OPTIONS)),
+    (GSGM(window=1, average="groups", **OPTIONS).bind(4), ASGD(base="ema", **OPTIONS)),
 ]
 
 
@@ -179,3 +182,26 @@ def test_gsgm_window_is_the_mean_of_the_newest() -> None:
     expected = np.cumsum(-np.array(means, np.float32), dtype=np.float32)
     for w in results:
         np.testing.assert_array_equal(np.array(w), expected)
+
+
+def test_gsgm_groups_are_one_adam_step_per_group() -> None:
+    """Three pushes per group: the steps, bias correction included, are those of Adam on the groups' means; exact in between."""
+    grads = np.random.default_rng(0).integers(-8, 8, (7, 4)).astype(np.float32)
+    rule = GSGM(base="adam", lr=0.5, average="groups", window=3).bind(3)
+    state, out, notes = np.zeros((4, 4), np.float32), np.full(4, 9, np.float32), np.zeros(4, np.int64)
+    seen = []
+    for i, g in enumerate(grads):
+        arrival = rule.arrive(notes, i < 3, i // 3)
+        rule.update(state, 0, g, out, rule.hyper(rule.group_options()), i + 1, 2, arrival=arrival)
+        np.testing.assert_array_equal(out, state[0])
+        seen.append(out.copy())
+    w = torch.zeros(4, requires_grad=True)
+    adam = torch.optim.Adam([w], lr=0.5)
+    expected = []
+    for i in range(7):
+        if i % 3 == 2:
+            w.grad = torch.from_numpy(grads[i - 2 : i + 1].mean(0))
+            adam.step()
+        expected.append(w.detach().numpy().copy())
+    np.testing.assert_allclose(seen, expected, rtol=1e-5, atol=1e-6)
+    assert (seen[1] == 0).all() and (seen[2] != 0).all()

@@ -152,7 +152,7 @@ BAD_OPTIONS = [
     ("easgd", {"period": 0}, "period=0: expected a whole number >= 1"), ("easgd", {"period": 2.0}, "period=2.0"),
     ("eamsgd", {"moving_rate": 0}, r"moving_rate=0.*\(0, 1\]"), ("easgd", {"moving_rate": 1.5}, "moving_rate=1.5"),
     ("gsgm", {"average": "windows"}, "did you mean 'window'"), ("gsgm", {"out_of_turn": "drop"}, "'drop'.*discard, hold"),
-    ("gsgm", {"window": 0}, "window=0"), ("gsgm", {"window": 2, "average": "round"}, "belongs to average='window'"),
+    ("gsgm", {"window": 0}, "window=0"), ("gsgm", {"window": 2, "average": "round"}, "average='window' or"),
     ("gsgm", {"patience": 0}, "patience=0"), ("gsgm", {"patience": math.inf}, "patience=inf"),
     ("hogwild", {"momentum": 0.5}, "does not use it"), ("staleness-aware", {"floor": 0.1}, "no option 'floor'"),
 ]  # fmt: skip

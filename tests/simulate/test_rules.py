@@ -49,6 +49,21 @@ def test_gsgm_turns_the_round_without_a_dead_or_a_very_slow_worker(data: Dataset
     assert [w.updates for w in slow.workers] == [6] * 4
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 2}, {"average": "round"}, {"average": "groups"}, {"average": "groups", "window": 2}],
+    ids=lambda o: "-".join(map(str, o.values())) or "sum",
+)
+def test_gsgm_averages(data: Dataset, options: dict[str, Any]) -> None:
+    """Every way to average trains, repeats its bits, and differs from the others."""
+    keys = {"rule": "gsgm", "workers": 4, "compute": "exponential:1.0", "lr": 0.3, "epochs": 10, **options}
+    first, second = (run(data, **keys) for _ in range(2))
+    np.testing.assert_array_equal(bits(first.parameters), bits(second.parameters))
+    assert first.curve[-1]["test_loss"] < first.curve[0]["test_loss"] - 0.05
+    other = run(data, **keys | {"average": "round" if options.get("average") == "groups" else "groups", "window": None})
+    assert (bits(first.parameters) != bits(other.parameters)).any()
+
+
 def test_gsgm_may_discard(data: Dataset) -> None:
     found = run(data, rule="gsgm", workers=3, slow=("1:3",), out_of_turn="discard", epochs=1)
     updates = [r["updates"] for r in found.ranks]

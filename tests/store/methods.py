@@ -24,6 +24,8 @@ RULES: list[Rule] = [
     GSGM(lr=0.1, base="momentum", weight_decay=0.01),
     GSGM(lr=0.1, base="adam", average="round"),
     GSGM(lr=0.1, base="rmsprop", window=2),
+    GSGM(lr=0.1, base="adamw", average="groups", weight_decay=0.01),
+    GSGM(lr=0.1, average="groups", window=2),
     GSGM(lr=0.1, window=1),
 ]
 
@@ -62,6 +64,8 @@ def replay(rule: Rule, turns: list[tuple[int, int]], workers: int) -> tuple[np.n
             count, arrival = step + 1, int(step % rule.every == 0)
         elif isinstance(rule, GSGM) and rule.average == "round":
             arrival = sum(s == step for s, _ in turns[: done + 1])
+        elif isinstance(rule, GSGM) and rule.average == "groups":
+            arrival = done % rule.size + 1
         for k, grad in enumerate(gradient(step, worker, copies[worker])):
             own = owns[k][worker]
             rule.reference(states[k], grad, group, count, tau, own=own, arrival=arrival)
