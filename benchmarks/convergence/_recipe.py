@@ -52,13 +52,15 @@ class Summary:
     ``accuracy`` of the last evaluation, ``unrest`` the standard deviation of the accuracy over the last half of the evaluations,
     ``jump`` the mean |acc_t - acc_(t-1)| over all of them, ``area`` the mean training loss over the run (lower: faster per
     update); each a list with one entry per seed, accuracies in %. ``diverged``: final accuracy below twice chance or not finite.
-    ``edge``: the best rate is the first or last of the grid, so a better one may lie outside.
+    ``edge``: the best rate is the first or last of the grid, so a better one may lie outside. ``score``: what the tuning seeds
+    gave at that rate.
     """
 
     method: str
     lr: float
     edge: bool = False
     chosen: Keys = field(default_factory=dict)
+    score: float = 0.0
     accuracy: list[float] = field(default_factory=list)
     unrest: list[float] = field(default_factory=list)
     jump: list[float] = field(default_factory=list)
@@ -176,7 +178,10 @@ def _cell(cell: Cell, runner: Runner, seeds: Sequence[int]) -> dict[str, Summary
     second = score({m: [tries[m][i] for i in order[m]] for m in tries}, TUNING_SEEDS[1])
     if second is None:
         return None
-    best = {m: tries[m][max(zip(order[m], second[m], strict=True), key=lambda p, m=m: first[m][p[0]] + p[1])[0]] for m in tries}
+    best, scores = {}, {}
+    for m, settings in tries.items():
+        scores[m], index = max(((first[m][i] + s) / 2, i) for i, s in zip(order[m], second[m], strict=True))
+        best[m] = settings[index]
     runs = runner.run([_keys(cell, keys, lr, seed) for keys, lr in best.values() for seed in seeds])
     if runs is None:
         return None
@@ -184,7 +189,8 @@ def _cell(cell: Cell, runner: Runner, seeds: Sequence[int]) -> dict[str, Summary
     found = {}
     for method, (keys, lr) in best.items():
         edge = len(cell.grid) > 1 and lr in (cell.grid[0], cell.grid[-1])
-        summary = Summary(method, lr * keys.get("scale", 1), edge, keys if len(_alternatives(cell.methods[method])) > 1 else {})
+        chosen = keys if len(_alternatives(cell.methods[method])) > 1 else {}
+        summary = Summary(method, lr * keys.get("scale", 1), edge, chosen, scores[method])
         found[method] = summarise(summary, [next(shares) for _ in seeds])
     return found
 

@@ -13,7 +13,8 @@ from _recipe import Cell, Line, Table, above, below, main
 
 RIVALS: dict[str, Any] = {
     "asgd": {"rule": "asgd"},
-    "momentum asgd": {"rule": "asgd", "base": "momentum"},
+    # The heavy ball's steps are 1 / (1 - mu) = 10 times as long.
+    "momentum asgd": {"rule": "asgd", "base": "momentum", "scale": 0.1},
     "dc-asgd": [{"rule": "dc-asgd"}, {"rule": "dc-asgd", "adaptive": True}],
     "staleness-aware": {"rule": "staleness-aware"},
 }
@@ -33,15 +34,15 @@ OPTIONS: dict[str, Any] = {
     "discard": {"rule": "gsgm", "momentum": 0.5, "out_of_turn": "discard"},
     "adam in place of momentum": {"rule": "gsgm", "base": "adam", "scale": 0.02},
 }
-GRID = (0.008, 0.02, 0.05, 0.125)
+GRID = (0.0032, 0.008, 0.02, 0.05)
 PARTITIONS = ("shards:1", "dirichlet:0.1", "shards:2", "dirichlet:0.5")
 
 
 def _common(workers: int, partition: str) -> dict[str, Any]:
     data = {"data": "fashion-mnist", "samples": 9600, "test_samples": 5000, "partition": partition}
     # Free-running: where workers meet at the end of an epoch, the last ones train alone on their classes, which flatters rounds.
-    # 1200 pushes; evaluations 13 apart in rounds of P = 10, and not a whole number of rounds.
-    run = {"batch": 16, "epochs": 2, "free_running": True, "eval_updates": 97, "compute": "exponential:1.0"}
+    # 2400 pushes, evaluated after every 149: no whole number of rounds.
+    run = {"batch": 16, "epochs": 4, "eval_every": 99, "free_running": True, "eval_updates": 149, "compute": "exponential:1.0"}
     return {**data, "model": "mlp", "workers": workers, **run}
 
 
@@ -70,12 +71,12 @@ QUICK = [
 
 
 def claims(table: Table) -> list[Line]:
-    """Each Show line, cell by cell: the best GSGM by accuracy against each rival."""
+    """Each Show line, cell by cell: GSGM at the mu that the tuning seeds preferred, against each rival."""
     lines = []
     for cell, methods in table.items():
         if not set(methods) & set(RIVALS):
             continue
-        ours = max((s for m, s in methods.items() if m.startswith("gsgm")), key=lambda s: s.mean("accuracy"))
+        ours = max((s for m, s in methods.items() if m.startswith("gsgm")), key=lambda s: s.score)
         for rival in RIVALS:
             if rival not in methods:
                 continue
@@ -83,7 +84,7 @@ def claims(table: Table) -> list[Line]:
             lines.append(above(f"{cell}: accuracy above {rival}", ours, theirs))
             for measure in ("unrest", "jump"):
                 lines.append(below(f"{cell}: {measure} at least 20 % below {rival}", ours, theirs, measure, factor=0.8))
-        lines.append((f"{cell}: never diverges", ours.diverged == 0, f"{ours.method}: {ours.diverged} seeds"))
+        lines.append((f"{cell}: never diverges", ours.diverged == 0, f"{ours.method}, {ours.diverged} of {len(ours.accuracy)}"))
     return lines
 
 
