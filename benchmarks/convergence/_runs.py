@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _pools
+
 Keys = Mapping[str, Any]
-"""Keys of ``hpcasync simulate``, and ``samples``, ``test_samples``: use so many of the data set only, its first."""
+"""Keys of ``hpcasync simulate``, and ``samples``, ``test_samples``: use so many of the data set only, its first; or ``pool``:
+``data`` is one of ``_pools``, cut by the seed, and this the part of it."""
 Run = dict[str, Any]
 """A finished run: its ``keys``, ``result`` (of ``--json``) and ``curve`` (a row per evaluation)."""
 
@@ -82,6 +85,9 @@ def _one(task: tuple[Keys, Path, float]) -> None:
     torch.set_num_threads(1)
     own = dict(keys)
     samples, test_samples = own.pop("samples", None), own.pop("test_samples", None)
+    part = own.pop("pool", None)
+    if part is not None:
+        own["data"] = str(_pools.cut(own["data"], part, own["seed"]))
     if samples is not None:
         own["data"] = str(cut(own["data"], samples, test_samples))
     outcome = simulate(make_simulate_config(own), records=False, shown=False)
