@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hpcasync.cli.parser import make_parser
 from hpcasync.errors import UsageError
 
 
@@ -13,10 +12,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, or 2 for bad input. Any other error ends with its traceback (the whole job under MPI).
+        0, 2 for bad input, or 75 for a training that a signal has stopped after a checkpoint. Any other error ends with
+        its traceback (the whole job under MPI).
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        # Before torch and MPI are imported: until then a time limit's signal would end the process.
+        from hpcasync.train import signals
+
+        signals.install()
+    from hpcasync.cli.parser import make_parser
+
     try:
-        args = make_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        args = make_parser(words).parse_args(words)
         return int(args.run(args) or 0)
     except UsageError as error:
         from hpcasync.comm.failure import usage_failed

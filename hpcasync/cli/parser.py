@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from hpcasync.comm.launch import launched_rank
@@ -23,15 +25,20 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser with all commands; each sets ``run`` to what it does."""
+COMMANDS = ("train", "submit", "simulate", "demo", "data", "list", "bench", "build-horovod")
+"""Each is a module here."""
+
+
+def make_parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser with all commands, or with the one that ``argv`` begins with; each sets ``run`` to what it does.
+
+    Only the flags of ``train`` and ``simulate`` need torch: the other commands should not wait for it.
+    """
     from hpcasync import __version__
-    from hpcasync.cli import bench, build_horovod, data, demo, simulate, submit, train
-    from hpcasync.cli import list as listing
 
     parser = Parser(prog="hpcasync", description="Asynchronous, synchronous and K-step data-parallel training over MPI.")
     parser.add_argument("--version", action="version", version=f"hpcasync {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for module in (train, submit, simulate, demo, data, listing, bench, build_horovod):
-        module.add(commands)
+    for name in argv[:1] if argv and argv[0] in COMMANDS else COMMANDS:
+        importlib.import_module(f"hpcasync.cli.{name.replace('-', '_')}").add(commands)
     return parser

@@ -176,7 +176,7 @@ def _program(args: argparse.Namespace, rows: list[tuple[int, list[str]]], ranks:
         return "script", [str(script.absolute()), *words[1:]], _name(args.name or script.stem)
     from hpcasync.cli.parser import make_parser
 
-    parsed = [make_parser().parse_args([*words, *row]) for _, row in rows or [(0, [])]]
+    parsed = [make_parser(words).parse_args([*words, *row]) for _, row in rows or [(0, [])]]
     if words[0] != "train":
         return "command", ["-m", "hpcasync", *words], _name(args.name or words[0])
     from hpcasync.cli.train import config_of
