@@ -55,6 +55,16 @@ class TimeShare:
         return self._total + running
 
     @property
+    def running(self) -> bool:
+        """Whether the clock runs."""
+        return self._since is not None
+
+    def load(self, seconds: float, communicate: float, wait: float) -> None:
+        """Go on from these seconds of an earlier process; the clock stands."""
+        self._total, self._since = seconds, None
+        self.communicate, self.wait = communicate, wait
+
+    @property
     def compute(self) -> float:
         """Seconds not spent in communication or waiting."""
         return max(0.0, self.seconds - self.communicate - self.wait)

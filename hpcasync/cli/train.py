@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,23 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args)
 
     from hpcasync.comm import init
+    from hpcasync.train import signals
     from hpcasync.train.loop import train
     from hpcasync.train.records import to_json
     from hpcasync.train.table import console, ranks_table, runs_table
 
     outcome = train(config)
+    if outcome.stopped:
+        if init().rank == 0:
+            print(
+                f"hpcasync: stopped by {outcome.stopped}; checkpoint {outcome.result['checkpoint']}. Go on with "
+                f"--resume auto --output {outcome.folder}",
+                file=sys.stderr,
+                flush=True,
+            )
+            if args.json:
+                print(to_json(outcome.result), flush=True)
+        return signals.EXIT_CODE
     if init().rank == 0:
         out = console()
         out.print(runs_table([(config.name, outcome.result)]))

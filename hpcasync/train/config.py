@@ -70,9 +70,13 @@ OPTIONS = (
     Option("eval_every", int, 1, "evaluate after so many epochs, and after the last"),
     Option("device", str, "auto", "auto, cpu, cuda or cuda:N"),
     Option("threads", int, None, "CPU threads per rank (default: the node's cores, shared)"),
+    Option("checkpoint_every", int, None, "steps of a rank from one checkpoint to the next, 0 for none but on a signal "
+           "(default: at the end of every epoch)"),
+    Option("keep", int, 2, "checkpoints that are kept, the newest ones"),
+    Option("resume", str, None, "auto: from the newest good checkpoint in --output, if there is one; or a checkpoint's path"),
     Option("output", str, None, "folder of the run (default: runs/<time>-<name>)"),
     Option("name", str, None, "name of the run (default: data-model-mode)"),
-)
+)  # fmt: skip
 
 _KINDS: dict[str, Any] = {
     "str": str,
@@ -135,6 +139,9 @@ class TrainConfig:
     eval_every: int = 1
     device: str = "auto"
     threads: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 2
+    resume: str | None = None
     output: str | None = None
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
@@ -183,6 +190,10 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
         _at_least(keys, key, least)
     for key, least in (("warm_start", 0), ("eval_every", 1), ("threads", 1), ("rho", 2), ("verification", 1)):
         _at_least(keys, key, least)
+    for key, least in (("checkpoint_every", 0), ("keep", 1)):
+        _at_least(keys, key, least)
+    if keys.get("resume") == "auto" and "output" not in keys:
+        raise UsageError("--resume auto looks for checkpoints in the run's folder: give it with --output")
     parse_every(keys.get("every", 1), "--every")
     for key in ("rho", "verification"):
         if key in keys and not keys.get("guided"):

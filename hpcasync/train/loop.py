@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,18 @@ from hpcasync.modes import Async, Guided, KStep, Mode, Sync
 from hpcasync.modes.local import bind_alone, torch_optimizer
 from hpcasync.rules import make_rule
 from hpcasync.stats import Staleness
+from hpcasync.train import signals
+from hpcasync.train.checkpoint_ranks import Reading, read_ranks
 from hpcasync.train.config import TrainConfig
 from hpcasync.train.evaluate import evaluate
+from hpcasync.train.keeper import Keeper
+from hpcasync.train.outcome import Outcome, guided_record, rank_record, result_of
 from hpcasync.train.progress import Progress
 from hpcasync.train.records import RunFolder
+from hpcasync.train.resume import check_run, find
+from hpcasync.train.step_log import StepLog
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run gives, on every rank.
-
-    Attributes:
-        result: the object that ``--json`` prints.
-        ranks: per rank, where its time went and how stale its pushes were.
-        folder: of the run's records.
-    """
-
-    result: dict[str, Any]
-    ranks: list[dict[str, Any]]
-    folder: Path
+_PLACE = ("epoch", "step", "steps", "loss", "seen", "row")
 
 
 def train(config: TrainConfig) -> Outcome:
@@ -48,22 +42,68 @@ def train(config: TrainConfig) -> Outcome:
         UsageError: the same on every rank for bad input.
     """
     world = init(device=config.device, threads=config.threads)
+    if signals.installed():
+        signals.install()  # again: MPI may have put handlers of its own there
     agree(world, {"--" + k.replace("_", "-"): v for k, v in config.keys().items()})
     dataset, batches, model = _together(world, lambda: _prepare(config, world))
     verification = _together(world, lambda: _verification(config, dataset, world))
     folder = _together(world, lambda: RunFolder(config) if world.rank == 0 else None)
-    torch.manual_seed(config.seed + 1 + world.rank)  # dropout and the like differ between ranks
+    try:
+        found = world.gather(_together(world, lambda: find(config) if world.rank == 0 else None))[0]
+        with read_ranks(found, world) if found is not None else nullcontext() as source:
+            if source is not None:
+                check_run(found, source.facts, config, dataset)
+            return _train(config, world, dataset, batches, model, verification, folder, source)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def _train(
+    config: TrainConfig,
+    world: World,
+    dataset: Dataset,
+    batches: Loader,
+    model: nn.Module,
+    verification: tuple[torch.Tensor, torch.Tensor] | None,
+    folder: RunFolder | None,
+    source: Reading | None,
+) -> Outcome:
+    seed = config.seed + 1 + world.rank  # dropout and the like differ between ranks
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
     mode = make_mode(config, model, world)
-    with Progress(config.epochs, len(batches), shown=world.rank == 0) as progress:
-        run = _Run(config, world, dataset, batches, model, mode, progress, folder, verification)
-        run.epochs()
-    mode.close()
-    ranks = world.gather(_rank_record(mode, run.samples))
-    result = _result(config, world, ranks, run)
-    if run.guided is not None:
-        result["guided"] = _guided_record(run.guided, world)
-    _together(world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None)
     path = Path(world.gather(str(folder.path) if folder is not None else "")[0])
+    with Progress(config.epochs, len(batches), shown=world.rank == 0) as progress:
+        run = Run(config, world, dataset, batches, model, mode, progress, folder, verification)
+        keeper = Keeper(run, folder)
+        if source is not None:
+            try:
+                keeper.restore(source)
+            except UsageError:
+                mode.close()
+                raise
+            progress.resumed(run.steps)
+        if config.resume is not None:
+            rows = source.facts["rows"] if source is not None else []
+            _together(world, lambda: folder.begin(rows) if folder is not None else None)
+        stopped = run.epochs(keeper)
+    if stopped:
+        keeper.close()
+        mode.close()
+        about = {"epoch": run.epoch, "step": run.step, "checkpoint": keeper.newest, "restarts": keeper.restarts}
+        return Outcome({"stopped": stopped, **about}, [], path, stopped)
+    keeper.close()
+    mode.close()
+    ranks = world.gather(rank_record(mode, run.samples) | run.log.record())
+    result = result_of(config, world, ranks, run.row)
+    result |= {"resumed_from": keeper.resumed_from or None, "restarts": keeper.restarts}
+    if keeper.reset:
+        result["reset"] = list(keeper.reset)
+    if run.guided is not None:
+        result["guided"] = guided_record(run.guided, world)
+    _together(world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None)
     return Outcome(result, ranks, path)
 
 
@@ -91,8 +131,16 @@ def make_mode(config: TrainConfig, model: nn.Module, world: World) -> Mode:
     )
 
 
-class _Run:
-    """One pass through the epochs."""
+class Run:
+    """One pass through the epochs.
+
+    Attributes:
+        epoch: the present one, from 1.
+        step: steps of this rank in it.
+        steps: steps of this rank in all.
+        samples: samples of this rank in all.
+        row: the last evaluation.
+    """
 
     def __init__(
         self,
@@ -114,25 +162,39 @@ class _Run:
         if verification is not None:
             assert isinstance(mode, (Async, Sync))
             self.guided = Guided(mode, self._loss, verification, rho=config.rho)
-        self.samples = 0
+        self.epoch, self.step, self.steps, self.samples = 1, 0, 0, 0
+        self.loss, self.seen = 0.0, 0  # of the present epoch: sum of the losses of its samples, and their number
         self.row: dict[str, float] = {}
+        self.log = StepLog(mode.share)
 
-    def epochs(self) -> None:
-        """Train all epochs, evaluate after every ``eval_every``-th and after the last."""
+    def epochs(self, keeper: Keeper) -> str:
+        """Train what is left of the epochs, evaluate after every ``eval_every``-th and after the last.
+
+        Returns:
+            The signal that stopped it after a checkpoint, empty at the end.
+        """
         last = self.config.epochs
-        for epoch in range(1, last + 1):
-            self.batches.set_epoch(epoch - 1)
-            loss = self._epoch(epoch)
+        while self.epoch <= last:
+            if self._epoch(keeper) or keeper.end_of_epoch():
+                return next(filter(None, self.world.gather(signals.received())))
             self.mode.synchronize()
-            if epoch % self.config.eval_every == 0 or epoch == last:
-                self._evaluate(epoch, loss)
+            self.log.meeting()
+            self.samples += self.seen
+            if self.epoch % self.config.eval_every == 0 or self.epoch == last:
+                self._evaluate(self.epoch, np.array([self.loss, self.seen]))
+            self.epoch, self.step, self.loss, self.seen = self.epoch + 1, 0, 0.0, 0
+            keeper.after_epoch()
+        return ""
 
-    def _epoch(self, epoch: int) -> np.ndarray:
-        """One epoch; returns the sum of this rank's losses and the samples behind it."""
+    def _epoch(self, keeper: Keeper) -> bool:
+        """What is left of an epoch; whether to stop."""
         device = self.world.device
-        loss_sum, seen = 0.0, 0
+        if self.step == len(self.batches):  # resumed at its end
+            return False
+        self.batches.set_epoch(self.epoch - 1)
         self.mode.share.start()
-        for step, (x, y) in enumerate(self.batches, start=1):
+        self.log.begin()
+        for x, y in self.batches:
             batch = x.to(device), y.to(device)
             if self.guided is not None:
                 loss = self.guided.step(batch)
@@ -144,11 +206,15 @@ class _Run:
             if self.schedule is not None:
                 self.schedule.step()
             value = loss.item()
-            loss_sum += value * len(y)
-            seen += len(y)
-            self.progress.step(epoch, step, value)
-        self.samples += seen
-        return np.array([loss_sum, seen])
+            self.loss += value * len(y)
+            self.seen += len(y)
+            self.step += 1
+            self.steps += 1
+            self.progress.step(self.epoch, self.step, value)
+            self.log.step()
+            if keeper.after_step():
+                return True
+        return False
 
     def _loss(self, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         return F.cross_entropy(self.model(batch[0]), batch[1])
@@ -173,6 +239,52 @@ class _Run:
             self.folder.add(self.row)
         self.progress.evaluated(self.row, totals[0] / seconds)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is, on this rank; in mode async ranks are in different places. Collective."""
+        share, mode = self.mode.share, self.mode
+        own = {"samples": self.samples, "updates": mode.updates, "skipped": mode.skipped, "counts": mode.staleness.counts}
+        return {
+            "place": {name: getattr(self, name) for name in _PLACE},
+            "share": (share.seconds, share.communicate, share.wait),
+            "own": own,
+            "everyone": self.world.gather(own),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        for name in _PLACE:
+            setattr(self, name, state["place"][name])
+        self.mode.share.load(*state["share"])
+        self.mode.staleness.counts = state["own"]["counts"].copy()
+        self.samples = state["own"]["samples"]
+        self._everyone = state["everyone"]
+
+    def on_other_ranks(self) -> tuple[str, ...]:
+        """After loading the state of a run on another number of ranks: begin the epoch again, keep the totals.
+
+        Returns:
+            What was reset.
+        """
+        reset = [f"epoch {self.epoch} begins again"] if self.step else []
+        # In mode async the ranks may have been in different places: all begin the epoch that rank 0 was in.
+        self.epoch = self.world.gather(self.epoch)[0]
+        self.step, self.loss, self.seen = 0, 0.0, 0
+        self.steps = (self.epoch - 1) * len(self.batches)
+        first, everyone = self.world.rank == 0, self._everyone
+        self.samples = sum(own["samples"] for own in everyone) if first else 0
+        self.mode.skipped = sum(own["skipped"] for own in everyone) if first else 0
+        if self.mode.mode != "sync":
+            self.mode.updates = sum(own["updates"] for own in everyone) if first else 0
+        total = Staleness()
+        for own in everyone if first else ():
+            total = total.merge(Staleness(own["counts"]))
+        self.mode.staleness.counts = total.counts
+        if self.schedule is not None:  # at the same part of the run; the number of steps is another
+            self.schedule.last_epoch = self.steps
+            for group, lr in zip(self.mode.param_groups, self.schedule._get_closed_form_lr(), strict=True):
+                group["lr"] = lr
+        return tuple(reset)
+
 
 def _prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Module]:
     rule = make_rule(config.rule, config.options)  # refused now if it does not fit, before a folder is made
@@ -191,14 +303,6 @@ def _verification(config: TrainConfig, dataset: Dataset, world: World) -> tuple[
     return x.to(world.device), y.to(world.device)
 
 
-def _guided_record(guided: Guided, world: World) -> dict[str, int]:
-    """What guidance cost over all ranks, beside the ordinary steps; replays of `Sync` are updates that all share."""
-    own = (guided.evaluations, guided.gradients, guided.replays)
-    evaluations, gradients, replays = (sum(column) for column in zip(*world.gather(own)))
-    shared = guided.replays if isinstance(guided.mode, Sync) else replays
-    return {"rho": guided.rho or 0, "evaluations": evaluations, "gradients": gradients, "replays": shared}
-
-
 def _together(world: World, work: Any) -> Any:
     """Run ``work`` on every rank; if it fails with bad input anywhere, raise that on every rank."""
     value, problem = None, None
@@ -208,45 +312,3 @@ def _together(world: World, work: Any) -> Any:
         problem = str(error)
     raise_together(world, problem)
     return value
-
-
-def _rank_record(mode: Mode, samples: int) -> dict[str, Any]:
-    share = mode.share
-    return {
-        "seconds": share.seconds,
-        "compute": share.compute,
-        "communicate": share.communicate,
-        "wait": share.wait,
-        "share": share.shares(),
-        "samples": samples,
-        "updates": mode.updates,
-        "skipped": mode.skipped,
-        "staleness": mode.staleness.counts,
-    }
-
-
-def _result(config: TrainConfig, world: World, ranks: list[dict[str, Any]], run: _Run) -> dict[str, Any]:
-    staleness = Staleness()
-    for rank in ranks:
-        staleness = staleness.merge(Staleness(rank["staleness"]))
-    seconds = max(rank["seconds"] for rank in ranks)
-    return {
-        "test_accuracy": run.row["test_accuracy"],
-        "test_loss": run.row["test_loss"],
-        "train_loss": run.row["train_loss"],
-        "samples_per_second": sum(rank["samples"] for rank in ranks) / seconds,
-        "seconds": seconds,
-        "updates": int(run.row["updates"]),
-        "skipped": sum(rank["skipped"] for rank in ranks),
-        "epochs": config.epochs,
-        "ranks": world.size,
-        "nodes": world.nodes,
-        "mode": config.mode,
-        "rule": config.rule,
-        "base": config.options["base"],
-        "data": config.data,
-        "model": config.model,
-        "seed": config.seed,
-        "staleness": staleness.summary(),
-        "share": {k: float(np.mean([r["share"][k] for r in ranks])) for k in ("compute", "communicate", "wait")},
-    }

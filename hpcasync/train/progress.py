@@ -46,6 +46,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def resumed(self, steps: int) -> None:
+        """Tell that so many steps were made before."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=steps)
+
     def step(self, epoch: int, step: int, loss: float) -> None:
         """Tell of step ``step`` (from 1) of epoch ``epoch`` (from 1)."""
         if self._bar is not None:

@@ -15,7 +15,10 @@ import numpy as np
 from hpcasync.comm import World
 from hpcasync.data.atomic import replacing
 from hpcasync.errors import UsageError
+from hpcasync.train.checkpoint_folder import checkpoints
 from hpcasync.train.config import TrainConfig, write_config
+from hpcasync.train.lock import RunLock
+from hpcasync.train.step_log import write_steps
 
 FORMAT, VERSION = "hpcasync-run", 1
 CURVES = ("epoch", "updates", "seconds", "train_loss", "test_loss", "test_accuracy")
@@ -28,23 +31,45 @@ class RunFolder:
     """Writes a run's records; only rank 0 has one.
 
     Files: ``config.toml`` (resolved), ``metrics.jsonl`` (a line per evaluation, as it happens), ``run.h5`` and
-    ``result.json`` (at the end; never half a file under these names).
+    ``result.json`` (at the end; never half a file under these names). Beside them lie the checkpoints.
 
     Args:
-        config: of the run; ``output`` None means ``runs/<time>-<name>``.
+        config: of the run; ``output`` None means ``runs/<time>-<name>``. With ``resume`` nothing is written before
+            ``begin``.
+
+    Attributes:
+        path: the folder.
+        lock: what keeps other runs out of it, until ``close``.
+        rows: the evaluations so far.
 
     Raises:
-        UsageError: the folder can't be made or written, or holds a run already.
+        UsageError: the folder can't be made or written, holds a run already, or one is at work there.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.path = _make_folder(config)
-        self._rows: list[dict[str, float]] = []
-        write_config(config, self.path / "config.toml")
+        self.lock = RunLock(self.path)
+        self.rows: list[dict[str, float]] = []
+        self._config = config
+        if config.resume is None:
+            self.begin([])
+
+    def begin(self, rows: list[dict[str, float]]) -> None:
+        """Write the configuration, and go on after ``rows``: later ones are of a run that was cut short."""
+        self.rows = list(rows)
+        write_config(self._config, self.path / "config.toml")
+        metrics = self.path / "metrics.jsonl"
+        if rows or metrics.exists():
+            with replacing(metrics) as temporary:
+                temporary.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
+
+    def close(self) -> None:
+        """Let other runs in. Idempotent."""
+        self.lock.release()
 
     def add(self, row: dict[str, float]) -> None:
         """Record one evaluation."""
-        self._rows.append(row)
+        self.rows.append(row)
         try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(row) + "\n")
@@ -57,7 +82,7 @@ class RunFolder:
         Args:
             result: what ``--json`` prints.
             ranks: per rank ``seconds``, ``compute``, ``communicate``, ``wait`` (seconds), ``samples``, ``updates``,
-                ``skipped``, and ``staleness`` (histogram counts).
+                ``skipped``, and ``staleness`` (histogram counts); of a live run also what ``StepLog.record`` gives.
             config: of the run.
             world: for the versions.
         """
@@ -68,16 +93,19 @@ class RunFolder:
             file.attrs.update({"format": FORMAT, "version": VERSION, "config": json.dumps(config.keys())})
             file.attrs.update({"result": to_json(result), "environment": json.dumps(environment(world))})
             for name in CURVES:
-                file[f"curves/{name}"] = np.array([row[name] for row in self._rows], np.float64)
+                file[f"curves/{name}"] = np.array([row[name] for row in self.rows], np.float64)
             for name in RANK_COLUMNS:
                 file[f"ranks/{name}"] = np.array([rank[name] for rank in ranks])
             widest = max(len(rank["staleness"]) for rank in ranks)
             counts = [np.pad(rank["staleness"], (0, widest - len(rank["staleness"]))) for rank in ranks]
             file["ranks/staleness"] = np.array(counts, np.int64)
+            if "steps" in ranks[0]:
+                write_steps(file, ranks)
         with replacing(self.path / "run.h5") as temporary:
             temporary.write_bytes(image.getbuffer())
         with replacing(self.path / "result.json") as temporary:
             temporary.write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
+        self.close()
 
 
 def read_ranks(folder: Path) -> list[dict[str, Any]]:
@@ -126,8 +154,11 @@ def _make_folder(config: TrainConfig) -> Path:
     if config.output is not None:
         path = Path(config.output)
         _make(path)
-        if (path / "result.json").exists() or (path / "metrics.jsonl").exists():
-            raise UsageError(f"--output {path} holds a run already; choose another folder or remove that one")
+        used = (path / "result.json").exists() or (path / "metrics.jsonl").exists() or bool(checkpoints(path))
+        if used and not _goes_on(config.resume, path):
+            raise UsageError(
+                f"--output {path} holds a run already; go on with it (--resume auto), choose another folder, or remove that one"
+            )
         return path
     stem = f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.name}"
     for attempt in range(100):
@@ -141,6 +172,13 @@ def _make_folder(config: TrainConfig) -> Path:
         _make(path)
         return path
     raise UsageError(f"100 runs named {stem} already; give --output")
+
+
+def _goes_on(resume: str | None, folder: Path) -> bool:
+    """Whether ``resume`` is a checkpoint of the run in ``folder``, or the folder itself."""
+    if resume is None or resume == "auto":
+        return resume == "auto"
+    return folder.resolve() in (Path(resume).resolve(), Path(resume).resolve().parent)
 
 
 def _make(path: Path) -> None:

@@ -1,0 +1,205 @@
+"""The whole state of a mode, for checkpoints: what is shared, what is of each rank, and how both come back.
+
+``state_dict`` of a mode is torch's: what an optimizer adds to a model on one rank. This is more: the parameters themselves,
+every rank's own, versions, clocks, the vectors that workers have for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpcasync.modes.asynchronous import Async
+from hpcasync.modes.base import Mode
+from hpcasync.modes.kstep import KStep
+from hpcasync.modes.wrapper import Wrapper
+from hpcasync.store import IDLE
+
+_STRUCTURE = ("base", "variant", "adaptive", "average", "window")
+"""Options of a rule that decide which vectors it has."""
+
+Mean = Callable[[str], dict[str, np.ndarray]]
+
+
+def named_parameters(mode: Mode) -> dict[str, Tensor]:
+    """The parameters that ``mode`` trains, by name, in its order."""
+    names = mode._flat.names if isinstance(mode, Async) else mode.names if isinstance(mode, Wrapper) else []
+    return dict(zip(names, mode.params, strict=True))
+
+
+def other_tensors(mode: Mode) -> dict[str, Tensor]:
+    """The tensors of the model that ``mode`` does not train: its buffers, and parameters it was not given."""
+    model = mode._model
+    trained = {id(p) for p in mode.params}
+    return {} if model is None else {
+        name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if id(t) not in trained
+    }  # fmt: skip
+
+
+def shapes(mode: Mode) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of every tensor of the model."""
+    tensors = [*named_parameters(mode).items(), *other_tensors(mode).items()]
+    return [(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors]
+
+
+def identity(mode: Mode) -> dict[str, Any]:
+    """What the state of another mode must have in common with that of ``mode``, small and plain."""
+    facts: dict[str, Any] = {"mode": mode.mode}
+    if isinstance(mode, Async):
+        described = mode.rule.describe()
+        return facts | {key: described[key] for key in _STRUCTURE if key in described} | {"rule": described["name"]}
+    return facts | ({"optimizer": type(mode.inner).__name__} if isinstance(mode, Wrapper) else {})
+
+
+@contextmanager
+def idle(mode: Mode) -> Iterator[int]:
+    """Inside, nobody waits for this rank: neither for a bound on staleness nor for its turn. Yields the rank's clock."""
+    if not isinstance(mode, Async):
+        yield 0
+        return
+    rank = mode.world.rank
+    clock = int(mode.store.clocks[rank])
+    mode.store.set_clock(rank, IDLE)
+    try:
+        yield clock
+    finally:
+        mode.store.set_clock(rank, clock)
+
+
+def shared_state(mode: Mode) -> dict[str, Any]:
+    """What the ranks share, on rank 0; nothing on the others. No rank may push meanwhile.
+
+    Under ``model`` lies the model as it would be if the training ended now, but for an average that is due.
+    """
+    rest = {name: t.detach() for name, t in other_tensors(mode).items()}
+    if not isinstance(mode, Async):
+        return {"model": {n: p.detach() for n, p in named_parameters(mode).items()} | rest} if mode.world.rank == 0 else {}
+    store = mode.store
+    versions = store.shard_versions()
+    state = store.snapshot(mode._worker)
+    if mode.world.rank:
+        return {}
+    rows = [_by_name(mode, row) for row in state]
+    return {
+        "model": rows[0] | rest,
+        "vectors": {v.name: row for v, row in zip(mode.rule.vectors, rows[1:], strict=True)},
+        "versions": np.array(versions, np.int64),
+        "notes": np.array(store.notes),
+    }
+
+
+def rank_state(mode: Mode, clock: int) -> dict[str, Any]:
+    """What this rank has for itself; ``clock`` is what ``idle`` gave, for the rank is idle now."""
+    own: dict[str, Any] = {"rest": {name: t.detach() for name, t in other_tensors(mode).items()}}
+    if isinstance(mode, Wrapper):
+        return own | {"parameters": {n: p.detach() for n, p in named_parameters(mode).items()}, "optimizer": mode.state_dict()}
+    assert isinstance(mode, Async)
+    worker, private = mode._worker, mode.rule.private_vectors
+    return own | {
+        "copy": _by_name(mode, mode._out) if mode.rule.own_copy else {},
+        "private": {v.name: _by_name(mode, worker.private[row]) for row, v in enumerate(private)},
+        "read": worker.read,
+        "pushed": worker.pushed,
+        "pushes": worker.steps,
+        "clock": clock,
+        "excused": int(mode.store.excused[mode.world.rank]),
+        "counts": {n: getattr(mode, n) for n in ("steps", "updates", "skipped", "discarded")},
+        "groups": [{k: v for k, v in g.items() if k != "params"} for g in mode.param_groups],
+    }
+
+
+def restore(mode: Mode, shared: Any, own: Any, *, same: bool, mean: Mean) -> tuple[str, ...]:
+    """Bring both states back. Collective.
+
+    Args:
+        mode: like the one they are of.
+        shared: of ``shared_state``, on rank 0.
+        own: of ``rank_state``; that of some rank where there were other ranks.
+        same: whether there are as many ranks as there were.
+        mean: gives the mean over the old ranks of what lies under a path of their state.
+
+    Returns:
+        What was reset, since it means nothing on another number of ranks.
+    """
+    with torch.no_grad():
+        for name, tensor in other_tensors(mode).items():
+            tensor.copy_(own["rest"][name])
+    if isinstance(mode, Async):
+        return _restore_async(mode, shared, own, same)
+    assert isinstance(mode, Wrapper)
+    mode.load_state_dict(own["optimizer"])
+    reset: tuple[str, ...] = ()
+    values = own["parameters"]
+    if isinstance(mode, KStep) and not same and mode._since:
+        # As at an average, but without a step of the block momentum: the block goes on from there.
+        values = {name: torch.from_numpy(v) for name, v in mean("mode/parameters").items()}
+        reset = ("the ranks' models inside a block of local steps: all go on from their mean",)
+        mode._since = 0
+    with torch.no_grad():
+        for name, p in named_parameters(mode).items():
+            p.copy_(values[name])
+    return reset
+
+
+def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str, ...]:
+    rule, store, rank = mode.rule, mode.store, mode.world.rank
+    for group, saved in zip(mode.param_groups, own["groups"], strict=True):
+        group.update(saved)
+    mode._flat.attach()
+    store.barrier()
+    store.restart(mode._worker)
+    private = rule.private_vectors
+    state = versions = None
+    if rank == 0:
+        # Shared vectors that mean nothing without the workers' own start anew with them.
+        keep = {v.name for v in rule.vectors if v.saved or same}
+        state = np.zeros((1 + len(rule.vectors), store.layout.total), np.float32)
+        _fill(mode, state[0], shared["model"])
+        for row, v in enumerate(rule.vectors, start=1):
+            state[row] = v.start
+            if v.name in keep:
+                _fill(mode, state[row], shared["vectors"][v.name])
+        versions = shared["versions"].tolist()
+    versions = mode.world.gather(versions)[0]
+    store.install(state, versions)
+    if same and rank == 0 and store.notes.shape == shared["notes"].shape:
+        store.notes[:] = shared["notes"]
+    worker = mode._worker
+    if same:
+        for row, v in enumerate(private):
+            _fill(mode, worker.private[row], own["private"][v.name])
+        worker.pushed[:] = own["pushed"]
+        worker.steps = own["pushes"]
+        store.set_clock(rank, own["clock"])
+        store.set_excused(rank, own["excused"])
+    store.barrier()
+    if same and rule.own_copy:
+        worker.read[:] = own["read"]
+        _fill(mode, mode._out, own["copy"])
+    else:
+        store.pull(worker, mode._out)
+    mode._to_device()
+    store.barrier()
+    for name, count in own["counts"].items():
+        setattr(mode, name, count)
+    gone = [v.name for v in private] + (["the workers' copies"] if rule.own_copy else [])
+    return () if same or not gone else (f"{', '.join(gone)} of rule {rule.name}",)
+
+
+def _by_name(mode: Async, row: np.ndarray) -> dict[str, np.ndarray]:
+    """Views of a row of the flat state, one per parameter."""
+    layout = mode.store.layout
+    places = zip(mode._flat.names, mode._flat.params, layout.starts, layout.sizes, strict=True)
+    return {name: row[start : start + size].reshape(p.shape) for name, p, start, size in places}
+
+
+def _fill(mode: Async, row: np.ndarray, values: dict[str, Any]) -> None:
+    for name, part in _by_name(mode, row).items():
+        part[...] = np.asarray(values[name])
+
+

@@ -1,0 +1,180 @@
+"""When to stop or save: any rank may have got a signal, and all must come to the same decision at a place where they can."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hpcasync.backoff import Backoff
+from hpcasync.comm import World
+from hpcasync.modes import Async, KStep, Mode
+from hpcasync.train import signals
+
+LOOK_SECONDS = 0.25
+"""How often ranks in step ask each other."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do now: ``stop`` (and save before), ``save``, and whether all have come to the ``end`` of the epoch."""
+
+    stop: bool = False
+    save: bool = False
+    end: bool = False
+
+
+class Agreement:
+    """For one rank: it decides alone."""
+
+    def __init__(self, mode: Mode) -> None:
+        self.mode = mode
+        self.world: World = mode.world
+
+    def wanted(self, due: bool) -> bool:
+        """After a step: whether all ranks come to a decision here.
+
+        Args:
+            due: this rank has made so many steps that it is time to save.
+        """
+        return due or bool(signals.received())
+
+    def decide(self, due: bool, end: bool = False) -> Decision:
+        """The decision. Collective: every rank for which ``wanted`` said so, and all those at the ``end`` of an epoch."""
+        stop = bool(signals.received())
+        return Decision(stop, due or stop, end)
+
+    def close(self) -> None:
+        """Leave the others. Collective."""
+
+
+class InStep(Agreement):
+    """For ranks that make the same steps together: saves are due on all at the same step, and signals are asked for in
+    one small allreduce about four times a second, right after a step (sync) or an average (kstep) that was collective
+    anyhow. How many steps that is follows from the slowest rank's pace, so that all ranks ask at the same step.
+    """
+
+    def __init__(self, mode: Mode) -> None:
+        super().__init__(mode)
+        self._comm = self.world.comm.Dup()
+        self._ticks, self._next, self._averages = 0, 1, 0
+        self._began = time.perf_counter()
+        self._stop = False
+
+    def wanted(self, due: bool) -> bool:
+        self._look()
+        return due or self._stop
+
+    def decide(self, due: bool, end: bool = False) -> Decision:
+        return Decision(self._stop, due or self._stop, end)
+
+    def close(self) -> None:
+        self._comm.Free()
+
+    def _look(self) -> None:
+        if isinstance(self.mode, KStep):
+            if self.mode.averages == self._averages:
+                return
+            self._averages = self.mode.averages
+        self._ticks += 1
+        self._next -= 1
+        if self._next:
+            return
+        now = time.perf_counter()
+        mine = np.array([bool(signals.received()), (now - self._began) / self._ticks])
+        both = np.empty_like(mine)
+        _wait(self._comm.Iallreduce(mine, both, op=_max()))
+        self._ticks, self._began = 0, now
+        self._stop = bool(both[0])
+        self._next = int(np.clip(LOOK_SECONDS / max(both[1], 1e-9), 1, 10_000))
+
+
+class Free(Agreement):
+    """For ranks that go each at its own pace: a small message calls them together, each at its next step.
+
+    A rank that got a signal tells rank 0 and goes to the meeting; rank 0 calls all others, from between two steps or from
+    the meeting. Those at the end of their epoch wait in a meeting anyhow.
+    """
+
+    ASK, CALL = 1, 2
+
+    def __init__(self, mode: Mode) -> None:
+        super().__init__(mode)
+        self._comm = self.world.comm.Dup()
+        self._meeting = 0  # number of the next meeting
+        self._heard = {self.ASK: -1, self.CALL: -1}  # the latest meeting that such a message was about
+        self._said = -1
+
+    def wanted(self, due: bool) -> bool:
+        mine = bool(signals.received())
+        if self.world.rank == 0:
+            mine = mine or due or self._hear(self.ASK)
+            if mine:
+                self._call()
+            return mine
+        if mine:
+            self._say(0, self.ASK)
+        return mine or self._hear(self.CALL)
+
+    def decide(self, due: bool, end: bool = False) -> Decision:
+        with self.mode.share.phase("wait"):
+            _wait(self._comm.Ibarrier(), self._while_waiting)
+        due = due and self.world.rank == 0
+        found = self._comm.allgather((bool(signals.received()), due, end))
+        self._meeting += 1
+        stop, save, all_end = any(s for s, _, _ in found), any(d for _, d, _ in found), all(e for _, _, e in found)
+        return Decision(stop, stop or save, all_end)
+
+    def close(self) -> None:
+        self._comm.Barrier()  # what was said has arrived
+        self._hear(self.ASK)
+        self._hear(self.CALL)
+        self._comm.Free()
+
+    def _while_waiting(self) -> None:
+        if self.world.rank == 0:
+            if signals.received() or self._hear(self.ASK):
+                self._call()
+        elif signals.received() and self._said < self._meeting:
+            self._say(0, self.ASK)
+
+    def _call(self) -> None:
+        if self._said < self._meeting:
+            for rank in range(1, self.world.size):
+                self._say(rank, self.CALL)
+
+    def _say(self, rank: int, tag: int) -> None:
+        self._said = self._meeting
+        self._comm.Send(np.array([self._meeting], np.int64), dest=rank, tag=tag)  # 8 bytes: buffered by every library
+
+    def _hear(self, tag: int) -> bool:
+        """Whether somebody has said this of the coming meeting."""
+        while self._comm.Iprobe(tag=tag):
+            word = np.empty(1, np.int64)
+            self._comm.Recv(word, tag=tag)
+            self._heard[tag] = max(self._heard[tag], int(word[0]))
+        return self._heard[tag] >= self._meeting
+
+
+def make_agreement(mode: Mode) -> Agreement:
+    """The one that fits the mode. Collective."""
+    if mode.world.size == 1:
+        return Agreement(mode)
+    return Free(mode) if isinstance(mode, Async) else InStep(mode)
+
+
+def _wait(request: Any, meanwhile: Any = None) -> None:
+    # Not MPI's own wait, which would keep the core from the rank that everybody waits for.
+    backoff = Backoff()
+    while not request.Test():
+        if meanwhile is not None:
+            meanwhile()
+        backoff.pause()
+
+
+def _max() -> Any:
+    from mpi4py import MPI
+
+    return MPI.MAX
