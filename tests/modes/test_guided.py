@@ -270,3 +270,16 @@ def test_command_line_bad_input(mpirun: MpiRun) -> None:
     ):
         done = mpirun.cli(["train", *args], 2, check=False)
         assert done.returncode == 2 and done.stderr.count("error:") == 1 and words in done.stderr, done.stderr
+
+
+@mpich
+def test_the_simulator_makes_the_same_run(mpirun: MpiRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gSSGD on two ranks and on two virtual workers: the same choices, costs and model up to rounding."""
+    keys = ["--mode", "sync", "--guided", "--rho", "5", "--epochs", "2", "--model", "logistic", "--lr", "0.02", "--json"]
+    live = json.loads(mpirun.cli(["train", *keys, "--output", "live"], 2).stdout.rstrip("\n").split("\n")[-1])
+    done = mpirun.cli(["simulate", *keys, "--workers", "2", "--output", "simulated"], None)
+    simulated = json.loads(done.stdout.rstrip("\n").split("\n")[-1])
+    assert live["guided"] == simulated["guided"] and live["guided"]["gradients"] > 0
+    assert live["updates"] == simulated["updates"]
+    for key in ("test_loss", "train_loss", "test_accuracy"):
+        assert simulated[key] == pytest.approx(live[key], rel=1e-4)
