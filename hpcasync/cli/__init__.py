@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hpcasync.cli.parser import make_parser
 
     try:
-        words = sys.argv[1:] if argv is None else list(argv)
-        args = make_parser(words).parse_args(words)
+        args = make_parser(argv).parse_args(argv)
         return int(args.run(args) or 0)
     except UsageError as error:
         from hpcasync.comm.failure import usage_failed

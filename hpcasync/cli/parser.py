@@ -8,21 +8,25 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from hpcasync.comm.launch import launched_rank
-
 
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` of which only rank 0 speaks: under mpiexec every rank parses the same line."""
 
     def error(self, message: str) -> NoReturn:
-        if launched_rank() == 0:
+        if _speaks():
             self.print_usage(sys.stderr)
             print(f"{self.prog}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if message and launched_rank() == 0:
+        if message and _speaks():
             super()._print_message(message, file)
+
+
+def _speaks() -> bool:
+    from hpcasync.comm.launch import launched_rank  # only here: the package brings torch along
+
+    return launched_rank() == 0
 
 
 COMMANDS = ("train", "submit", "simulate", "demo", "data", "list", "bench", "build-horovod")
