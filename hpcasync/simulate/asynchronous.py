@@ -16,11 +16,12 @@ from hpcasync.kernels import block_update
 from hpcasync.modes.interval import interval_at, parse_every
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.delay import Delay
+from hpcasync.simulate.polling import noticed
 from hpcasync.simulate.simulation import Simulation
 from hpcasync.simulate.worker import Phase, Virtual
 from hpcasync.store import IDLE
 
-_CHANGE, _ARRIVE, _PATIENCE = 0, 1, 2  # of events at the same time, who comes and goes first; then by worker
+_CHANGE, _ARRIVE, _PATIENCE, _CALLED = 0, 1, 2, 3  # of events at the same time, who comes and goes first; then by worker
 
 
 class Asynchronous(Simulation):
@@ -55,6 +56,8 @@ class Asynchronous(Simulation):
         total = self.layout.total
         self._anchor = self.stores[0].state[0].copy()
         self._velocity, self._sum = np.zeros(total, np.float32), np.zeros(total, np.float32)
+        self._recorded = self.cluster.recording is not None and not alone
+        self._waits = self._bound is not None or self.rule.in_turn
         self._since = 0  # pushes since the last average
         self._pushes = 0
         self._budget = config.epochs * self.steps_per_epoch * config.workers if config.free_running else -1
@@ -83,6 +86,8 @@ class Asynchronous(Simulation):
                 self._arrive(worker)
             elif kind == _PATIENCE:
                 pass  # _settle finds that its turn has come
+            elif kind == _CALLED:
+                self._enter(worker)
             elif joins:
                 self._join(worker)
             else:
@@ -98,11 +103,19 @@ class Asynchronous(Simulation):
         if self._delay is not None:
             self._delay.age(worker.view, worker.out)
         worker.computing = worker.times.next()
-        there, back = self._transfer_at(worker, 0), self._transfer_at(worker, -1)
+        worker.sending, back = self._messages(worker)
         worker.communicate += back
-        when = start + back + worker.computing + there
+        when = start + back + worker.computing + worker.sending
         heapq.heappush(self._events, (when, _ARRIVE, worker.index, worker.life, False))
         self.gradients.request(worker.index, worker.replays[0] if worker.replays else worker.batches[worker.step], when)
+
+    def _messages(self, worker: Virtual) -> tuple[float, float]:
+        """Seconds that the push will travel and that what was read has travelled; as recorded, where they were."""
+        if self._recorded:
+            times = worker.times
+            # Waits for turns and for slower workers come about by themselves; others are for locks.
+            return times.communicate + (0.0 if self._waits else times.wait), 0.0
+        return self._transfer_at(worker, 0), self._transfer_at(worker, -1)
 
     def _transfer_at(self, worker: Virtual, ahead: int) -> float:
         """Seconds of a message after the worker's present step, or after the last (-1): own copies meet the centre rarely."""
@@ -111,7 +124,7 @@ class Asynchronous(Simulation):
 
     def _arrive(self, worker: Virtual) -> None:
         worker.compute += worker.computing
-        worker.communicate += self._transfer_at(worker, 0)
+        worker.communicate += worker.sending
         if self._turn(worker):
             worker.refused = None
             self._push(worker)
@@ -196,6 +209,7 @@ class Asynchronous(Simulation):
             self._wait_as(worker, Phase.BLOCK)
         elif self._ahead(worker):
             worker.phase = Phase.GATED
+            worker.gated = self.now
         else:
             self._read(worker, done)
 
@@ -241,6 +255,7 @@ class Asynchronous(Simulation):
         self.vanish(worker)
         self._clocks(worker, IDLE)
         worker.refused = None
+        worker.called = False
         if worker in self._held:
             self._held.remove(worker)
 
@@ -271,19 +286,30 @@ class Asynchronous(Simulation):
     def _admit(self) -> bool:
         """Push the first held gradient whose turn it is."""
         for worker in self._held:
-            if self._turn(worker):
-                worker.refused = None
-                self._held.remove(worker)
-                self._push(worker)
+            if not worker.called and self._turn(worker):
+                if self._recorded and worker.refused is not None:  # a live rank does not see it at once
+                    worker.called = True
+                    when = worker.refused + noticed(self.now - worker.refused)
+                    heapq.heappush(self._events, (when, _CALLED, worker.index, worker.life, False))
+                    continue
+                self._enter(worker)
                 return True
         return False
+
+    def _enter(self, worker: Virtual) -> None:
+        """Push what was held."""
+        worker.refused = None
+        worker.called = False
+        self._held.remove(worker)
+        self._push(worker)
 
     def _release(self) -> bool:
         """Let the workers read that are no longer too far ahead."""
         free = [w for w in self.workers if w.phase is Phase.GATED and not self._ahead(w)] if self._bound is not None else []
         for worker in free:
             self._reread(worker)
-            self._read(worker, self.now)
+            late = noticed(self.now - worker.gated) if self._recorded else 0.0
+            self._read(worker, max(self.now, worker.gated + late))
         return bool(free)
 
     def _impatient(self, worker: Virtual, when: float) -> bool:
@@ -297,6 +323,7 @@ class Asynchronous(Simulation):
         for worker in alive:
             self.stores[worker.group].pull(worker.view, worker.out)
         self.gradients.average_buffers([w.index for w in alive])
+        self.meet(alive)
         epoch = alive[0].epoch + 1
         if epoch % self.config.eval_every == 0 or epoch == self.config.epochs:
             self._evaluate(epoch)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hpcasync.errors import UsageError
 from hpcasync.simulate.distributions import Distribution
+from hpcasync.simulate.like import Recording
 from hpcasync.simulate.units import bytes_per_second, seconds
 
 CHUNK = 256  # step times drawn at a time
@@ -17,10 +18,11 @@ CHUNK = 256  # step times drawn at a time
 
 @dataclass(frozen=True)
 class Network:
-    """Latency (s) and bandwidth (bytes/s) of one message."""
+    """Latency (s) and bandwidth (bytes/s) of one message; ``exchange``: measured seconds of an allreduce, in place of them."""
 
     latency: float = 0.0
     bandwidth: float = math.inf
+    exchange: float | None = None
 
     def transfer(self, nbytes: int) -> float:
         """Seconds of one message."""
@@ -30,6 +32,8 @@ class Network:
         """Seconds of a ring allreduce: 2 (n-1) messages of ``nbytes / n``."""
         if members < 2:
             return 0.0
+        if self.exchange is not None:
+            return self.exchange
         return 2 * (members - 1) * (self.latency + nbytes / members / self.bandwidth)
 
 
@@ -44,6 +48,7 @@ class Cluster:
         service: bytes per second at which the store applies a push to a shard; infinite costs nothing.
         slow: per worker, factor on its step times.
         changes: ``(seconds, worker, joins)``, in order of time.
+        recording: of a live run, in place of ``compute``.
     """
 
     workers: int
@@ -52,6 +57,12 @@ class Cluster:
     service: float = math.inf
     slow: tuple[float, ...] = ()
     changes: tuple[tuple[float, int, bool], ...] = ()
+    recording: Recording | None = None
+
+    @property
+    def meeting(self) -> float:
+        """Seconds that the end of an epoch costs all workers."""
+        return 0.0 if self.recording is None else self.recording.meeting
 
     def absent(self) -> set[int]:
         """Workers that are not there at the start: their first change is to join."""
@@ -63,12 +74,21 @@ class Cluster:
 
 @dataclass
 class StepTimes:
-    """The step times of one worker: a stream of its own, so that they don't depend on what the others do."""
+    """The step times of one worker: a stream of its own, so that they don't depend on what the others do.
+
+    Attributes:
+        communicate: seconds of the last step's messages, where they were recorded.
+        wait: seconds that it waited for locks and for other ranks, where they were recorded.
+    """
 
     cluster: Cluster
     worker: int
     seed: int
+    communicate: float = 0.0
+    wait: float = 0.0
     _drawn: list[float] = field(default_factory=list)
+    _recorded: list[list[float]] = field(default_factory=list)
+    _turn: int = 0
 
     def __post_init__(self) -> None:
         kinds = self.cluster.compute
@@ -78,6 +98,12 @@ class StepTimes:
 
     def next(self) -> float:
         """Seconds of the worker's next gradient."""
+        if self.cluster.recording is not None:
+            if not self._recorded:
+                self._recorded = self.cluster.recording.draw(self.worker, self.seed, self._turn)[::-1].tolist()
+                self._turn += 1
+            compute, self.communicate, self.wait = self._recorded.pop()
+            return self._factor * compute
         if not self._drawn:
             self._drawn = (self._factor * self._kind.sample(self._rng, CHUNK)).tolist()[::-1]
         return self._drawn.pop()

@@ -80,12 +80,14 @@ class SimulateConfig(TrainConfig):
             UsageError: something of it does not parse or is out of range.
         """
         compute: tuple[Distribution, ...] = (parse_distribution(self.compute),)
-        network = parse_network(self.network)
+        network, recording = parse_network(self.network), None
         if self.like is not None:
             like = read_like(Path(self.like))
             compute = tuple(Distribution("constant", mean) for mean in like.compute)
             mean = sum(like.communicate) / len(like.communicate)
-            network = Network(mean / 2)  # half for the push, half for the pull
+            recording = like.recording
+            # Half for the push, half for the pull.
+            network = Network(mean / 2, exchange=None if recording is None else recording.exchange)
         return Cluster(
             self.workers,
             compute,
@@ -93,6 +95,7 @@ class SimulateConfig(TrainConfig):
             bytes_per_second(self.service, "--service"),
             parse_slow(self.slow, self.workers),
             parse_changes(self.fail, self.join, self.workers),
+            recording,
         )
 
 

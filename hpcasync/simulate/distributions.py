@@ -79,11 +79,12 @@ def parse_distribution(text: str, flag: str = "--compute") -> Distribution:
 
 
 def _recorded(path: Path, flag: str) -> np.ndarray:
-    """Step times of a text file (numbers apart by spaces, commas or lines), or of a run file (its ranks' means)."""
+    """Step times of a text file (numbers apart by spaces, commas or lines), or of a run file (all ranks', or their means)."""
     if path.suffix in (".h5", ".hdf5") or path.is_dir():
         from hpcasync.simulate.like import read_like
 
-        return np.array(read_like(path if path.is_dir() else path.parent).compute)
+        like = read_like(path if path.is_dir() else path.parent)
+        return np.array(like.compute) if like.recording is None else np.concatenate(like.recording.steps)[:, 0]
     try:
         values = np.array([float(word) for word in path.read_text(encoding="utf-8").replace(",", " ").split()])
     except OSError as error:

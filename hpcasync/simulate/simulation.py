@@ -149,6 +149,12 @@ class Simulation:
             )
         return False
 
+    def meet(self, workers: list[Virtual]) -> None:
+        """The end of an epoch, for those who are there."""
+        self.now += self.cluster.meeting
+        for worker in workers:
+            worker.communicate += self.cluster.meeting
+
     def appear(self, worker: Virtual) -> None:
         """A worker joins: it begins where the slowest of the others is in the data."""
         worker.present_from = self.now

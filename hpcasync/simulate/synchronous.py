@@ -36,6 +36,7 @@ class Synchronous(Simulation):
             while any(w.step < self.steps_per_epoch for w in self.alive) or not self.alive:
                 self._step()
             self.gradients.average_buffers([w.index for w in self.alive])
+            self.meet(self.alive)
             if (epoch + 1) % self.config.eval_every == 0 or epoch + 1 == self.config.epochs:
                 self.evaluated(epoch + 1, self.now, self.stores[0].state[0])
 

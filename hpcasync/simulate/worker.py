@@ -65,8 +65,14 @@ class Virtual:
     communicate: float = 0.0
     computing: float = 0.0
     """Compute seconds of the gradient under way: counted when it arrives."""
+    sending: float = 0.0
+    """Seconds that its push will travel."""
     refused: float | None = None
     """When its held gradient came."""
+    called: bool = False
+    """Its turn has come, and it is about to see that."""
+    gated: float = 0.0
+    """Since when it has waited for slower workers."""
     samples: int = 0
     updates: int = 0
     skipped: int = 0
