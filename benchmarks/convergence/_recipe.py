@@ -22,6 +22,7 @@ from _runs import Keys, Run, Runner
 REPO = Path(__file__).resolve().parents[2]
 TUNING_SEEDS = (100, 101)
 FINAL_SEEDS = (0, 1, 2, 3, 4)
+SMALL = "_models:small"  # the perceptron of most cells
 SECOND_LOOK = 2  # settings of a method that see the second tuning seed
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from _recipe import Cell, Line, Table, above, below, main
+from _recipe import SMALL, Cell, Line, Table, above, below, main
 
 RIVALS: dict[str, Any] = {
     "asgd": {"rule": "asgd"},
@@ -39,25 +39,25 @@ PARTITIONS = ("shards:1", "dirichlet:0.1", "shards:2", "dirichlet:0.5")
 
 
 def _common(workers: int, partition: str) -> dict[str, Any]:
-    data = {"data": "fashion-mnist", "samples": 9600, "test_samples": 5000, "partition": partition}
+    data = {"data": "fashion-mnist", "samples": 9600, "test_samples": 3000, "partition": partition}
     # Free-running: where workers meet at the end of an epoch, the last ones train alone on their classes, which flatters rounds.
     # 2400 pushes, evaluated after every 149: no whole number of rounds.
     run = {"batch": 16, "epochs": 4, "eval_every": 99, "free_running": True, "eval_updates": 149, "compute": "exponential:1.0"}
-    return {**data, "model": "mlp", "workers": workers, **run}
+    return {**data, "model": SMALL, "workers": workers, **run}
 
 
 CELLS = [
     Cell(
-        f"fashion-mnist, mlp, {partition}, P={workers}",
+        f"fashion-mnist, {partition}, P={workers}",
         _common(workers, partition),
         METHODS,
         GRID,
-        (f"fashion-mnist, mlp, {partition}", workers),
+        (f"fashion-mnist, {partition}", workers),
     )
     for partition in PARTITIONS
     for workers in (10, 30)
 ]
-CELLS.append(Cell("options, fashion-mnist, mlp, shards:1, P=10", _common(10, "shards:1"), OPTIONS, GRID))
+CELLS.append(Cell("options, fashion-mnist, shards:1, P=10", _common(10, "shards:1"), OPTIONS, GRID))
 QUICK = [
     Cell(
         "quick",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from _recipe import Cell, Line, Table, above, below, main
+from _recipe import SMALL, Cell, Line, Table, above, below, main
 
 # Exponential compute times give every worker the same speed and a wide spread of staleness (mean P-1, long tail). 12 288 samples
 # are 384 batches: a whole number of steps for every P. Early epochs: that is where the learning rates of the methods differ.
-LIVE = {"samples": 12288, "compute": "exponential:1.0", "batch": 32, "epochs": 3, "eval_updates": 120, "eval_every": 99}
+RUN = {"samples": 12288, "compute": "exponential:1.0", "batch": 32, "epochs": 3, "eval_updates": 120, "eval_every": 99}
+LIVE = {**RUN, "test_samples": 3000}
 GRIDS = {
     "sgd": (0.02, 0.05, 0.125, 0.3),
     "momentum": (0.002, 0.005, 0.0125, 0.03),
@@ -58,18 +59,18 @@ def _with_base(methods: dict[str, Any], base: str) -> dict[str, Any]:
 
 
 def _cell(data: str, model: str, base: str, workers: int, methods: dict[str, Any], **more: Any) -> Cell:
-    common = {"data": data, "model": model, "workers": workers, **LIVE, **more}
+    common = {"data": data, "model": SMALL if model == "small" else model, "workers": workers, **LIVE, **more}
     place = (f"{data}, {model}, {base}", workers)
     return Cell(f"{data}, {model}, {base}, P={workers}", common, _with_base(methods, base), GRIDS[base], place)
 
 
 def _cells() -> list[Cell]:
     """The ablation; then every base at P = 16 with all rivals; then the other P and MNIST with the core; then LeNet-5."""
-    common = {"data": "fashion-mnist", "model": "mlp", "workers": 16, **LIVE}
+    common = {"data": "fashion-mnist", "model": "mlp", "workers": 16, **RUN}
     cells = [Cell("ablation, fashion-mnist, mlp, sgd, P=16", common, _with_base(ABLATION, "sgd"), GRIDS["sgd"])]
-    cells += [_cell("fashion-mnist", "mlp", base, 16, CORE | OPPOSED | RIVALS) for base in GRIDS]
-    cells += [_cell("fashion-mnist", "mlp", base, workers, CORE | OPPOSED) for workers in WORKERS[1:] for base in GRIDS]
-    cells += [_cell("mnist", "mlp", base, workers, CORE) for workers in WORKERS for base in GRIDS]
+    cells += [_cell("fashion-mnist", "small", base, 16, CORE | OPPOSED | RIVALS) for base in GRIDS]
+    cells += [_cell("fashion-mnist", "small", base, workers, CORE | OPPOSED) for workers in WORKERS[1:] for base in GRIDS]
+    cells += [_cell("mnist", "small", base, workers, CORE) for workers in WORKERS for base in GRIDS]
     short = {"epochs": 2, "eval_updates": 192}
     cells += [_cell(data, "lenet5", "sgd", 16, CORE, **short) for data in ("fashion-mnist", "mnist")]
     return cells
