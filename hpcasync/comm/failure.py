@@ -57,7 +57,7 @@ def install(comm: Any) -> None:
     sys.excepthook = main_hook
     threading.excepthook = thread_hook
     sys.exit = remembering_exit  # the only place where an exit code can be seen before the process is gone
-    atexit.register(_leave)
+    atexit.register(meet_or_abort)
 
 
 def leaving_in_error() -> bool:
@@ -65,7 +65,8 @@ def leaving_in_error() -> bool:
     return _exit_code != 0
 
 
-def _leave() -> None:
+def meet_or_abort() -> None:
+    """On the way out with an error: end the job unless every rank is leaving too."""
     if leaving_in_error() and not _all_meet():
         abort(_comm, _exit_code)
 

@@ -52,10 +52,10 @@ class Watcher:
         self._words = (requests.reshape(-1), done.reshape(-1))
         self._sleep = sleep
 
-    def turn(self, first: int = 0, eager: int = 0) -> int:
-        """The index of an open request, the search beginning at ``first``; -1 once stopped."""
+    def turn(self, first: int = 0, eager: int = 0, turns: int = -1) -> int:
+        """The index of an open request, the search beginning at ``first``; -1 once stopped, -2 after ``turns`` turns."""
         short = min(SHORT_SLEEP, self._sleep)
-        return int(watch(*self._fixed, short, eager, *self._words, first, self._stop))
+        return int(watch(*self._fixed, short, eager, *self._words, first, turns, self._stop))
 
     def stop(self) -> None:
         """Let ``turn`` return -1 from now on."""
@@ -92,14 +92,17 @@ class ProgressThread:
         atexit.unregister(self.stop)
 
     def _run(self) -> None:
-        serve_until_stopped(self._watcher, self._serve)
+        serve_until(self._watcher, self._serve, lambda: False)
 
 
-def serve_until_stopped(watcher: Watcher, serve: Callable[[int], bool]) -> None:
-    """Serve every open request, others first where one can't be served now."""
+def serve_until(watcher: Watcher, serve: Callable[[int], bool], over: Callable[[], bool], turns: int = -1) -> None:
+    """Serve every open request, others first where one can't be served now, until stopped or ``over`` after ``turns``."""
     at, eager, backoff = 0, 0, Backoff()
     while True:
-        at = watcher.turn(at, eager)
+        at = watcher.turn(at, eager, turns)
+        if at == -2 and not over():
+            at, eager = 0, 0
+            continue
         if at < 0:
             return
         if serve(at):

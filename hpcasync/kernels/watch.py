@@ -8,11 +8,14 @@ from hpcasync.kernels.atomic import call_iprobe, call_usleep, load_word
 
 
 @njit(nogil=True, cache=True)
-def watch(iprobe, usleep, comm, source, tag, scratch, probes, sleep, short, eager, requests, done, first, stop):
-    """Turn until a word of ``requests`` differs from that of ``done``: its index, looking from ``first`` on; -1: stopped."""
+def watch(iprobe, usleep, comm, source, tag, scratch, probes, sleep, short, eager, requests, done, first, turns, stop):
+    """Turn until a word of ``requests`` differs from that of ``done``: its index, looking from ``first`` on; -1: stopped; -2: ``turns`` over."""
     count = requests.size
     flag, status = scratch.ctypes.data, scratch.ctypes.data + 64
     while load_word(stop.ctypes.data) == 0:
+        if turns == 0:
+            return -2
+        turns -= 1
         for _ in range(probes):
             call_iprobe(iprobe, source, tag, comm, flag, status)
         for i in range(count):

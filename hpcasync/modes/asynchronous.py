@@ -11,18 +11,19 @@ import torch
 
 from hpcasync.comm import World, agree
 from hpcasync.comm.failure import leaving_in_error
+from hpcasync.comm.progress_choice import chosen_progress
 from hpcasync.errors import UsageError
 from hpcasync.modes.base import Closure, Mode, OnNonfinite
 from hpcasync.modes.finite import FiniteCheck
 from hpcasync.modes.flat import FlatParameters, Source, check_dtypes, flat_grad, groups_of
 from hpcasync.rules import Rule
 from hpcasync.rules.base import between
-from hpcasync.store import IDLE, LocalStore, Store, WindowStore, make_layout
-from hpcasync.store.layout import SHARD_ELEMENTS
+from hpcasync.store import IDLE, LocalStore, RemoteStore, Store, WindowStore, make_layout, shard_size
+from hpcasync.store.layout import SHARD_ELEMENTS, Layout
 
 
 class Async(Mode):
-    """Asynchronous training through the node's shared window. Constructor, ``synchronize`` and ``close`` are collective.
+    """Asynchronous training through shared memory. Constructor, ``synchronize`` and ``close`` are collective.
 
     ``step()`` applies this rank's gradient to the shared parameters with the rule, in place, and reads the others' work
     into this rank's model in the same pass. No rank waits for another, except for a lock of a shard and for the bound on
@@ -30,6 +31,10 @@ class Async(Mode):
 
     Parameters without a gradient in a step are only read. Buffers stay per rank until ``synchronize()``, which averages
     them. With one rank the model lives in the store itself and a step is one pass of the rule's kernel.
+
+    On several nodes each owns a share of the parameters; a step then takes the time of sending the gradient to the other
+    nodes and of reading the new parameters back. Who makes MPI's operations between nodes go on while a rank computes is
+    ``progress``; nothing of it runs on one node.
 
     With a rule whose workers have copies of their own (``easgd``) the model that a rank trains is its copy; ``synchronize()``
     replaces it by the shared centre. With a rule in turn (``gsgm``) a rank whose turn is used waits before its push.
@@ -44,6 +49,8 @@ class Async(Mode):
         model: whose buffers ``synchronize()`` averages, where ``params`` is not the module itself.
         on_nonfinite: ``"skip"`` the push of a gradient with NaN or infinity, or ``"abort"``.
         stall_seconds: warn every so often while waiting for slower ranks.
+        progress: ``"thread"`` (a thread of each rank), ``"host-rank"`` (the ranks that ``init(host_ranks=...)`` set aside)
+            or ``"library"`` (MPI needs no help); None finds out at the start and says so.
 
     Raises:
         UsageError: no trainable parameter, a parameter that is not float32, options out of range, ranks that disagree.
@@ -61,6 +68,7 @@ class Async(Mode):
         model: torch.nn.Module | None = None,
         on_nonfinite: OnNonfinite = "skip",
         stall_seconds: float = 60.0,
+        progress: str | None = None,
     ) -> None:
         if not isinstance(rule, Rule):
             raise UsageError(f"rule={rule!r}: expected a rule such as hpcasync.rules.TrendSmooth(lr=0.05)")
@@ -83,17 +91,19 @@ class Async(Mode):
                 "the rule": rule.describe(),
                 "staleness": self._bound,
                 "on_nonfinite": on_nonfinite,
+                "progress": progress,
                 "the parameter groups' options": [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups],
             },
         )
         device = self.params[0].device
         self._one = self.world.size == 1
         # One rank meets nobody in a shard: long ones keep several threads busy.
-        layout = make_layout([p.numel() for p in self.params], SHARD_ELEMENTS * (16 if self._one else 1))
+        sizes, several = [p.numel() for p in self.params], self.world.nodes > 1
+        size = shard_size(sizes, self.world.nodes) if several else SHARD_ELEMENTS * (16 if self._one else 1)
+        layout = make_layout(sizes, size)
         threads = self.world.threads
-        self.store: Store = (
-            LocalStore(layout, rule, threads=threads) if self._one else WindowStore(self.world, layout, rule, threads=threads)
-        )
+        self.progress = chosen_progress(self.world, progress)
+        self.store: Store = self._make_store(layout, threads)
         self._worker = self.store.worker(self.world.rank)
         self.staleness = self._worker.staleness
         # With one rank on a CPU the model lives in the store; otherwise in this rank's own flat copy.
@@ -108,6 +118,15 @@ class Async(Mode):
         self._closed = False
         if not self._one:
             atexit.register(self._close_at_exit)
+
+    def _make_store(self, layout: Layout, threads: int) -> Store:
+        if self._one:
+            return LocalStore(layout, self.rule, threads=threads)
+        if self.progress is None:
+            return WindowStore(self.world, layout, self.rule, threads=threads)
+        # Nobody looks at the clocks unless there is a bound or rounds.
+        clocked = self._bound is not None or self.rule.in_turn
+        return RemoteStore(self.world, layout, self.rule, threads=threads, progress=self.progress, clocked=clocked)
 
     def step(self, closure: Closure | None = None) -> Any:
         """Push this rank's gradient and pull the newest parameters.

@@ -15,6 +15,7 @@ from hpcasync.kernels import GRADIENTS, PLAN
 from hpcasync.rules import Rule
 from hpcasync.rules.base import NO_VECTORS
 from hpcasync.store.base import IDLE, Store, Worker
+from hpcasync.store.hosted import end_hosts, start_hosts
 from hpcasync.store.layout import Layout
 from hpcasync.store.memory import Memory
 from hpcasync.store.part import ANSWER_TAU, ANSWER_VERSION, CLOCK, FIRST, OP, PULL, PUSH, READ, SEQUENCE, VERSION, Part
@@ -24,8 +25,9 @@ from hpcasync.store.window import _shared_memory_problem
 TRIES = 3
 """Reads of a shard between two reads of its sequence, before its owner is asked to copy it out under the lock."""
 
-OVERLAP_BYTES = 1 << 20
-"""Sent at a time from which on answers are fetched between sends: below, the round trip costs more than it hides."""
+WAVE_BYTES = 1 << 20
+"""Sent to a peer at a time; from so much on answers are fetched between sends: below, the round trip costs more than it
+hides."""
 
 
 class RemoteStore(Store):
@@ -44,11 +46,12 @@ class RemoteStore(Store):
         layout: where each parameter lies.
         rule: what a gradient does.
         threads: threads that work on a shard together.
-        progress: ``"thread"``: a thread of each rank lets MPI go on; ``"library"``: MPI needs no help.
+        progress: ``"thread"``: a thread of each rank lets MPI go on; ``"library"``: MPI needs no help; ``"host-rank"``:
+            the host ranks of ``world`` hold the memory and serve it.
         clocked: keep the others' view of this rank's clock up to date; it costs a round trip per push.
 
     Raises:
-        UsageError: shared memory too small.
+        UsageError: shared memory too small; a second store at a time with host ranks.
     """
 
     def __init__(
@@ -67,7 +70,8 @@ class RemoteStore(Store):
         rule = rule.bind(world.size)
         rows, me = 1 + len(rule.vectors), world.rank
         nodes = world.gather(world.node)
-        self.ports = place(layout, list(enumerate(nodes)), nodes)
+        hosts = world.hosts
+        self.ports = place(layout, list(enumerate(nodes)) if hosts is None else hosts.ports, nodes)
         # With copies of their own the workers keep their vectors; otherwise those stand where they are used.
         private = 0 if rule.own_copy else len(rule.private_vectors)
         self._segments = [
@@ -83,7 +87,10 @@ class RemoteStore(Store):
         ]
         need = sum(s.offsets["end"] for p, s in zip(self.ports, self._segments) if p.node == world.node)
         raise_together(world, _shared_memory_problem(need) if world.local_rank == 0 else None)
-        self._memory = Memory(world.comm, world.node_comm, self.ports, self._segments)
+        if hosts is not None:
+            start_hosts(hosts, layout, rule, world.size, self.ports, self._segments)
+        comm, node_comm = (world.comm, world.node_comm) if hosts is None else (hosts.comm, hosts.node_comm)
+        self._memory = Memory(comm, node_comm, self.ports, self._segments)
         clocks, excused = np.zeros(world.size, np.int64), np.zeros(world.size, np.int64)
         self._owns_clocks = 0 in self._memory.local
         if self._owns_clocks:
@@ -109,10 +116,10 @@ class RemoteStore(Store):
         plan = rule.plan
         compensated = (GRADIENTS["compensated"], GRADIENTS["compensated-adaptive"])
         self._needs_read = plan[PLAN["gradient"]] in compensated and not rule.own_copy
-        self._probe_comm = world.comm.Dup()
+        self._probe_comm = comm.Dup()
         self._thread: ProgressThread | None = None
         mine = [i for i, p in enumerate(self.ports) if p.rank == me and p.senders]
-        if mine:
+        if mine and hosts is None:
             server = self._part(mine[0], 1)
             probes = PROBES if progress == "thread" else 0
             watcher = Watcher(self._probe_comm, server.requests, server.done, probes=probes)
@@ -180,18 +187,18 @@ class RemoteStore(Store):
         versions = np.zeros(len(self.layout.shards), np.int64)
         for part in self._parts.values():
             versions[slice(*part.port.shards)] = part.versions
-        self._get_lines(0, [(i, *self.ports[i].shards) for i in self._peers])
-        for i in self._peers:
-            versions[slice(*self.ports[i].shards)] = self._lines[0][slice(*self.ports[i].shards), VERSION]
+        remote = list(self._port_of)
+        self._get_lines(0, remote)
+        versions[remote] = self._lines[0][remote, VERSION]
         return list(map(int, versions))
 
     def snapshot(self, worker: Worker) -> np.ndarray:
         copy = np.empty((1 + len(self.rule.vectors), self.layout.total), np.float32)
         for i, part in self._parts.items():
             copy[:, part.port.start : part.port.stop] = part.snapshot(self._subs[i])
-        for k, i in self._port_of.items():
+        for k in self._port_of:
             backoff = Backoff()
-            while not self._read_between(k, i, [copy[row] for row in range(len(copy))]):
+            while self._read_between([k], list(copy)):
                 backoff.pause()
         return copy
 
@@ -233,7 +240,7 @@ class RemoteStore(Store):
             for k in wave:
                 self._stage(k, worker, grads, out)
             self._send(wave)
-            if sum(self._blocks[k].size for k in wave) >= OVERLAP_BYTES:
+            if sum(self._blocks[k].size for k in wave) >= WAVE_BYTES:
                 self._collect(worker, out)
         for i, part in self._parts.items():
             with _Sub(self, worker, i) as sub:
@@ -253,14 +260,18 @@ class RemoteStore(Store):
             self._memory.put(i, first, self._sent_table)
 
     def _waves(self, worker: Worker) -> Iterator[list[int]]:
-        """The remote shards, one per peer at a time, so that the peers work side by side."""
-        longest = max((last - first for first, last in (self.ports[i].shards for i in self._peers)), default=0)
-        for turn in range(longest):
+        """The remote shards in waves of ``WAVE_BYTES`` per peer (one shard at least): the peers work side by side."""
+        queues = {}
+        for i in self._peers:
+            first, last = self.ports[i].shards
+            queues[i] = [first + (turn + worker.index) % (last - first) for turn in range(last - first)][::-1]
+        while any(queues.values()):
             wave = []
-            for i in self._peers:
-                first, last = self.ports[i].shards
-                if turn < last - first:
-                    wave.append(first + (turn + worker.index) % (last - first))
+            for queue in queues.values():
+                room = WAVE_BYTES
+                while queue and (room == WAVE_BYTES or self._blocks[queue[-1]].size <= room):
+                    room -= self._blocks[queue[-1]].size
+                    wave.append(queue.pop())
             yield wave
 
     def _stage(self, k: int, worker: Worker, grads: Sequence[np.ndarray | None], out: np.ndarray) -> None:
@@ -285,8 +296,7 @@ class RemoteStore(Store):
 
     def _send(self, wave: Sequence[int]) -> None:
         """Say that the requests are complete: a request's number follows its content."""
-        for i in {self._port_of[k] for k in wave}:
-            self._memory.flush(i)
+        self._flush(wave)
         for k in wave:
             i = self._port_of[k]
             self._numbers[k] += 1
@@ -310,8 +320,7 @@ class RemoteStore(Store):
             answer = segment.offsets["answers"] + 8 * LINE * (len(segment.shards) * slot + k - first)
             self._memory.get(i, answer, self._answers[k])
             self._memory.get(i, segment.out(slot, shard.start - self.ports[i].start), out[shard.start : shard.stop])
-        for i in {self._port_of[k] for k in ready}:
-            self._memory.flush(i)
+        self._flush(ready)
         for k in ready:
             self._pending[self._port_of[k]].remove(k)
             self._note_answer(k, worker)
@@ -337,9 +346,17 @@ class RemoteStore(Store):
                 backoff.pause()
 
     def pull(self, worker: Worker, out: np.ndarray) -> None:
-        asked = []
+        asked: list[int] = []
         for wave in self._waves(worker):
-            asked += [k for k in wave if not self._pull_shard(k, worker, out)]
+            for _ in range(TRIES):
+                moving = self._read_between(wave, [out])
+                for k in set(wave) - set(moving):
+                    worker.read[k] = self._lines[1][k, VERSION]
+                    self._slot_is_read[k] = False
+                wave = moving
+                if not wave:
+                    break
+            asked += wave
         for k in asked:  # it changes faster than it can be read
             i = self._port_of[k]
             head = self._blocks[k][: 8 * LINE]
@@ -351,33 +368,34 @@ class RemoteStore(Store):
                 part.pull(sub, out[part.port.start : part.port.stop])
         self._collect_all(worker, out)
 
-    def _pull_shard(self, k: int, worker: Worker, out: np.ndarray) -> bool:
-        for _ in range(TRIES):
-            if self._read_between(k, self._port_of[k], [out]):
-                worker.read[k] = self._lines[1][k, VERSION]
-                self._slot_is_read[k] = False
-                return True
-        return False
+    def _read_between(self, shards: Sequence[int], rows: Sequence[np.ndarray]) -> list[int]:
+        """Read the shards' first rows of the state between two reads of their sequences; returns those that changed."""
+        self._get_lines(0, shards)
+        for k in shards:
+            i, shard = self._port_of[k], self.layout.shards[k]
+            for row, values in enumerate(rows):
+                element = self._segments[i].total * row + shard.start - self.ports[i].start
+                at = self._segments[i].offsets["state"] + 4 * element
+                self._memory.get(i, at, values[shard.start : shard.stop])
+        self._flush(shards)
+        self._get_lines(1, shards)
+        if self.rule.lock_free:
+            return []
+        before, after = self._lines
+        moving = (before[:, SEQUENCE] % 2 != 0) | (before[:, SEQUENCE] != after[:, SEQUENCE])
+        moving |= before[:, VERSION] != after[:, VERSION]
+        return [k for k in shards if moving[k]]
 
-    def _read_between(self, k: int, i: int, rows: Sequence[np.ndarray]) -> bool:
-        """Read a shard's first rows of the state between two reads of its sequence; whether it stayed the same."""
-        shard, port, segment = self.layout.shards[k], self.ports[i], self._segments[i]
-        self._get_lines(0, [(i, k, k + 1)])
-        for row, values in enumerate(rows):
-            at = segment.offsets["state"] + 4 * (segment.total * row + shard.start - port.start)
-            self._memory.get(i, at, values[shard.start : shard.stop])
-        self._memory.flush(i)
-        self._get_lines(1, [(i, k, k + 1)])
-        before, after = (self._lines[when][k] for when in (0, 1))
-        same = before[SEQUENCE] == after[SEQUENCE] and before[VERSION] == after[VERSION]
-        return bool((same and before[SEQUENCE] % 2 == 0) or self.rule.lock_free)
+    def _get_lines(self, when: int, shards: Sequence[int]) -> None:
+        """Read the lines of remote shards into ``_lines[when]``."""
+        for k in shards:
+            i = self._port_of[k]
+            at = self._segments[i].offsets["lines"] + 8 * LINE * (k - self.ports[i].shards[0])
+            self._memory.get(i, at, self._lines[when][k])
+        self._flush(shards)
 
-    def _get_lines(self, when: int, places: Sequence[tuple[int, int, int]]) -> None:
-        """Read the lines of shards ``(port, first, last)`` into ``_lines[when]``."""
-        for i, first, last in places:
-            at = self._segments[i].offsets["lines"] + 8 * LINE * (first - self.ports[i].shards[0])
-            self._memory.get(i, at, self._lines[when][first:last])
-        for i, _, _ in places:
+    def _flush(self, shards: Sequence[int]) -> None:
+        for i in {self._port_of[k] for k in shards}:
             self._memory.flush(i)
 
     # Clocks: one table, in the memory of the first port.
@@ -423,6 +441,8 @@ class RemoteStore(Store):
         self.barrier()
         if self._thread is not None:
             self._thread.stop()
+        if self._world.hosts is not None:
+            end_hosts(self._world.hosts)
         self._parts = {}
         self._subs = {}
         self.clocks, self.excused = (a.copy() for a in (self.clocks, self.excused))
