@@ -12,6 +12,7 @@ import torch
 
 from hpcasync.comm import failure, launch
 from hpcasync.comm.collectives import Collectives, MPICollectives, OneRank
+from hpcasync.comm.host_ranks import HostRanks
 from hpcasync.errors import UsageError
 
 
@@ -33,6 +34,7 @@ class World:
         node_comm: communicator of this node's ranks.
         leaders: communicator of the ranks with ``local_rank == 0``; ``None`` on the others.
         collectives: broadcast, allreduce, barrier over all ranks.
+        hosts: the ranks set aside to serve the stores, which are not counted above; ``None`` without.
     """
 
     rank: int = 0
@@ -48,6 +50,7 @@ class World:
     node_comm: Any = None
     leaders: Any = None
     collectives: Collectives = field(default_factory=OneRank)
+    hosts: HostRanks | None = None
 
     def gather(self, value: Any) -> list[Any]:
         """The pickled ``value`` of every rank, in rank order, on every rank. Collective."""
@@ -58,7 +61,9 @@ _world: World | None = None
 _lock = threading.Lock()
 
 
-def init(*, device: str | torch.device = "auto", threads: int | None = None, mpi: bool = True) -> World:
+def init(
+    *, device: str | torch.device = "auto", threads: int | None = None, mpi: bool = True, host_ranks: int = 0
+) -> World:
     """Initialise MPI if there is one and return this process's ``World``; later calls return the same ranks.
 
     Not started under MPI is fine and means one rank. Uncaught exceptions end the whole job from here on.
@@ -69,14 +74,19 @@ def init(*, device: str | torch.device = "auto", threads: int | None = None, mpi
         threads: CPU threads for torch; by default the cores that the node's ranks may use, shared evenly, unless
             ``OMP_NUM_THREADS`` is set.
         mpi: ``False`` never touches MPI.
+        host_ranks: on each of several nodes set so many ranks aside, which serve the stores of ``Async`` and never train:
+            for them this call does not return, their process ends with the others'.
 
     Raises:
-        UsageError: the launcher started several tasks but MPI sees one; MPI without ``MPI_THREAD_MULTIPLE``.
+        UsageError: the launcher started several tasks but MPI sees one; MPI without ``MPI_THREAD_MULTIPLE``; host ranks on
+            one node, on a node without other ranks, or asked for too late.
     """
     global _world
     with _lock:
         if _world is None:
-            _world = _make_world(device, threads, mpi)
+            _world = _make_world(device, threads, mpi, host_ranks)
+        elif host_ranks and (_world.hosts is None or _world.hosts.count != host_ranks):
+            raise UsageError(f"host_ranks={host_ranks}: the first call of init() decides; give it there")
         else:  # MPI is initialised once; a later choice of device or threads still counts
             if str(device) != "auto":
                 _world = replace(_world, device=_pick_device(device, _world.local_rank))
@@ -85,10 +95,12 @@ def init(*, device: str | torch.device = "auto", threads: int | None = None, mpi
         return _world
 
 
-def _make_world(device: str | torch.device, threads: int | None, mpi: bool) -> World:
+def _make_world(device: str | torch.device, threads: int | None, mpi: bool, host_ranks: int) -> World:
     MPI = _load_mpi() if mpi else None
     if MPI is None:
         launch.check_world(1, "")
+        if host_ranks:
+            raise UsageError(f"host_ranks={host_ranks} without MPI: there is one rank only; leave it out")
         count = _set_threads(threads, len(_cores()), 1)
         return World(device=_pick_device(device, 0), threads=count)
     library = MPI.Get_library_version().split("\n")[0].rstrip("\x00 ").strip()
@@ -102,6 +114,14 @@ def _make_world(device: str | torch.device, threads: int | None, mpi: bool) -> W
     comm = MPI.COMM_WORLD.Dup()
     if comm.size > 1:
         failure.install(comm)
+    hosts = None
+    if host_ranks:
+        hosts = HostRanks(comm, comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank), host_ranks)
+        comm = hosts.split()
+        failure.install(comm)  # the workers speak for themselves
+        if hosts.is_host:
+            hosts.serve()
+        hosts.end_with_workers()
     node_comm = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
     leaders = comm.Split(0 if node_comm.rank == 0 else MPI.UNDEFINED, comm.rank)
     is_leader = leaders != MPI.COMM_NULL
@@ -122,6 +142,7 @@ def _make_world(device: str | torch.device, threads: int | None, mpi: bool) -> W
         node_comm=node_comm,
         leaders=leaders if is_leader else None,
         collectives=MPICollectives(comm, polite=node_comm.size > cores) if comm.size > 1 else OneRank(),
+        hosts=hosts,
     )
 
 
