@@ -118,11 +118,11 @@ class Gradients:
             for buffers in self.buffers:
                 buffers[j].copy_(mean)
 
-    def load(self, w: np.ndarray, worker: int = 0) -> nn.Module:
-        """The model with the parameters ``w`` (a view) and the worker's buffers, for evaluation."""
+    def load(self, w: np.ndarray) -> nn.Module:
+        """The model with the parameters ``w`` (a view) and worker 0's buffers, for evaluation."""
         self._point(0, torch.from_numpy(w))
         if self.buffers:
-            _copy_all(self._buffers[0], self.buffers[worker])
+            _copy_all(self._buffers[0], self.buffers[0])
         return self.model
 
     @contextmanager
