@@ -60,7 +60,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.data}, {self.base}, {NAMES[self.mode][1]}"
+        data = self.data if self.model == "logistic" else f"{self.data}, {self.model}"
+        return f"{data}, {self.base}, {NAMES[self.mode][1]}"
 
     def keys(self, *, guided: bool, lr: float, seed: int, part: str = "test") -> Keys:
         """Keys of a run; the unguided one is long enough for the guided one's gradients."""
@@ -98,8 +99,9 @@ def _cells() -> Iterator[Cell]:
         for data, epochs in (("breast-cancer", 20), ("wine", 50), ("uci-digits", 10)):
             for mode in NAMES:
                 yield Cell(data, base, mode, epochs)
-    for mode in NAMES:
-        yield Cell("mnist-part", "sgd", mode, 3, seeds=10, model="mlp", grid=(0.01, 0.03, 0.1, 0.3))
+    for model, epochs, seeds in (("mlp", 3, 10), ("lenet5", 2, 6)):
+        for mode in NAMES:
+            yield Cell("mnist-part", "sgd", mode, epochs, seeds, model=model, grid=(0.01, 0.03, 0.1, 0.3))
 
 
 QUICK = [Cell("wine", base, mode, 8, seeds=3, tuning=1, grid=(0.03, 0.1)) for base in ("sgd", "adagrad") for mode in NAMES]
@@ -120,14 +122,18 @@ def _ordinary(run: Run) -> int:
 
 
 def _tuned(cell: Cell, runner: Runner) -> tuple[float, float] | None:
-    """The learning rates of the unguided and the guided method, by the validation part."""
+    """The learning rates of the unguided and the guided method, by the validation part; of equals the one of lower loss."""
     seeds = range(100, 100 + cell.tuning)
     tries = [(g, lr) for g in (False, True) for lr in cell.grid]
     runs = runner.run([cell.keys(guided=g, lr=lr, seed=s, part="validation") for g, lr in tries for s in seeds])
     if runs is None:
         return None
-    score = np.array([_final(run) for run in runs]).reshape(2, len(cell.grid), cell.tuning).mean(2)
-    return cell.grid[int(score[0].argmax())], cell.grid[int(score[1].argmax())]
+    shape = (2, len(cell.grid), cell.tuning)
+    accuracy = np.array([_final(run) for run in runs]).reshape(shape).mean(2)
+    loss = np.nan_to_num(np.array([run["result"]["test_loss"] for run in runs]), nan=np.inf).reshape(shape).mean(2)
+    # The last of a stable sort is the best.
+    plain, guided = (int(np.lexsort((-loss[g], np.round(accuracy[g], 6)))[-1]) for g in (0, 1))
+    return cell.grid[plain], cell.grid[guided]
 
 
 def _pairs(cell: Cell, lr: tuple[float, float], best: bool, runner: Runner) -> Pairs | None:
