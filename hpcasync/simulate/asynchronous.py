@@ -152,6 +152,7 @@ class Asynchronous(Simulation):
         gradient = self.gradients.take(worker.index)
         self.took(worker, gradient, replay=bool(worker.replays))
         self.gradients.release(gradient)
+        worker.discarded += 1
         self._reread(worker)
         self._count(worker)
         self._next(worker, self.now)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from hpcasync.simulate.asynchronous import Asynchronous
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.simulation import Simulation
 from hpcasync.simulate.synchronous import Synchronous
-from hpcasync.stats import Staleness
 from hpcasync.train.evaluate import evaluate
+from hpcasync.train.outcome import result_of
 from hpcasync.train.progress import Progress
 from hpcasync.train.records import RunFolder
 
@@ -85,7 +84,18 @@ def simulate(
         simulation.run()
     simulation.gradients.close()
     ranks = [w.record(simulation.now) for w in simulation.workers]
-    result = _result(config, simulation, ranks, watch.rows[-1], time.perf_counter() - began)
+    if config.mode not in ("async", "hierarchical"):  # as live
+        for rank in ranks:
+            del rank["discarded"]
+    nodes = len(simulation.stores)
+    result = result_of(config, simulation.rule, ranks, watch.rows[-1], seconds=simulation.now, nodes=nodes) | {
+        "virtual_seconds": simulation.now,
+        "wall_seconds": time.perf_counter() - began,
+        "workers": config.workers,
+        "gradients": {"lane": simulation.gradients.lane, "threads": simulation.gradients.lanes},
+    }
+    if simulation.guidance is not None:
+        result["guided"] = simulation.guidance.record()
     if folder is not None:
         folder.finish(result, ranks, config, world)
     return Outcome(result, ranks, folder.path if folder is not None else None, watch.parameters, watch.rows)
@@ -129,38 +139,3 @@ class _Watch:
         if self._folder is not None:
             self._folder.add(row)
         self._progress.evaluated(row, simulation.total_samples / seconds if seconds else 0.0)
-
-
-def _result(
-    config: SimulateConfig, simulation: Simulation, ranks: Sequence[dict[str, Any]], row: dict[str, float], wall: float
-) -> dict[str, Any]:
-    staleness = Staleness()
-    for rank in ranks:
-        staleness = staleness.merge(Staleness(rank["staleness"]))
-    seconds = simulation.now
-    return {
-        "test_accuracy": row["test_accuracy"],
-        "test_loss": row["test_loss"],
-        "train_loss": row["train_loss"],
-        "samples_per_second": simulation.total_samples / seconds if seconds else 0.0,
-        "seconds": seconds,
-        "virtual_seconds": seconds,
-        "wall_seconds": wall,
-        "updates": int(row["updates"]),
-        "skipped": sum(rank["skipped"] for rank in ranks),
-        "epochs": config.epochs,
-        "workers": config.workers,
-        "ranks": config.workers,
-        "nodes": len(simulation.stores),
-        "mode": config.mode,
-        "rule": config.rule,
-        "base": config.options["base"],
-        "data": config.data,
-        "model": config.model,
-        "partition": config.partition,
-        "seed": config.seed,
-        "staleness": staleness.summary(),
-        "share": {k: float(np.mean([r["share"][k] for r in ranks])) for k in ("compute", "communicate", "wait")},
-        "gradients": {"lane": simulation.gradients.lane, "threads": simulation.gradients.lanes},
-        **({} if simulation.guidance is None else {"guided": simulation.guidance.record()}),
-    }

@@ -76,6 +76,7 @@ class Virtual:
     samples: int = 0
     updates: int = 0
     skipped: int = 0
+    discarded: int = 0
 
     def begin_epoch(self, epoch: int, step: int = 0) -> None:
         """Take this epoch's batches, the same as the live loader's."""
@@ -95,5 +96,6 @@ class Virtual:
             "samples": self.samples,
             "updates": self.updates,
             "skipped": self.skipped,
+            "discarded": self.discarded,
             "staleness": self.view.staleness.counts,
         }

@@ -97,7 +97,8 @@ def _train(
     keeper.close()
     mode.close()
     ranks = world.gather(rank_record(mode, run.samples) | run.log.record())
-    result = result_of(config, world, ranks, run.row)
+    rule = make_rule(config.rule, config.options)
+    result = result_of(config, rule, ranks, run.row, seconds=max(r["seconds"] for r in ranks), nodes=world.nodes)
     result |= {"resumed_from": keeper.resumed_from or None, "restarts": keeper.restarts}
     if keeper.reset:
         result["reset"] = list(keeper.reset)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from hpcasync.comm import World
-from hpcasync.modes import Guided, Mode, Sync
+from hpcasync.modes import Async, Guided, Mode, Sync
+from hpcasync.rules import Rule
 from hpcasync.stats import Staleness
 from hpcasync.train.config import TrainConfig
 
@@ -44,35 +46,47 @@ def rank_record(mode: Mode, samples: int) -> dict[str, Any]:
         "updates": mode.updates,
         "skipped": mode.skipped,
         "staleness": mode.staleness.counts,
+        **({"discarded": mode.discarded} if isinstance(mode, Async) else {}),
     }
 
 
-def result_of(config: TrainConfig, world: World, ranks: list[dict[str, Any]], row: dict[str, float]) -> dict[str, Any]:
-    """The result, from the ranks' records and the last evaluation."""
+def result_of(
+    config: TrainConfig, rule: Rule, ranks: Sequence[dict[str, Any]], row: dict[str, float], *, seconds: float, nodes: int
+) -> dict[str, Any]:
+    """The result, live or simulated, from the ranks' records and the last evaluation.
+
+    In asynchronous modes with ``lock_free``, whether updates may be lost; with rules in turn with ``discarded``, gradients
+    that came out of turn and were thrown away.
+    """
     staleness = Staleness()
     for rank in ranks:
         staleness = staleness.merge(Staleness(rank["staleness"]))
-    seconds = max(rank["seconds"] for rank in ranks)
-    return {
+    result = {
         "test_accuracy": row["test_accuracy"],
         "test_loss": row["test_loss"],
         "train_loss": row["train_loss"],
-        "samples_per_second": sum(rank["samples"] for rank in ranks) / seconds,
+        "samples_per_second": sum(rank["samples"] for rank in ranks) / seconds if seconds else 0.0,
         "seconds": seconds,
         "updates": int(row["updates"]),
         "skipped": sum(rank["skipped"] for rank in ranks),
         "epochs": config.epochs,
-        "ranks": world.size,
-        "nodes": world.nodes,
+        "ranks": len(ranks),
+        "nodes": nodes,
         "mode": config.mode,
         "rule": config.rule,
         "base": config.options["base"],
         "data": config.data,
         "model": config.model,
+        "partition": config.partition,
         "seed": config.seed,
         "staleness": staleness.summary(),
         "share": {k: float(np.mean([r["share"][k] for r in ranks])) for k in ("compute", "communicate", "wait")},
     }
+    if config.mode in ("async", "hierarchical"):
+        result["lock_free"] = rule.lock_free
+        if rule.in_turn:
+            result["discarded"] = sum(rank["discarded"] for rank in ranks)
+    return result
 
 
 def guided_record(guided: Guided, world: World) -> dict[str, int]:

@@ -24,7 +24,8 @@ FORMAT, VERSION = "hpcasync-run", 1
 CURVES = ("epoch", "updates", "seconds", "train_loss", "test_loss", "test_accuracy")
 """Columns of ``curves/`` in the run file, one entry per evaluation."""
 RANK_COLUMNS = ("seconds", "compute", "communicate", "wait", "samples", "updates", "skipped")
-"""Columns of ``ranks/`` in the run file, one entry per rank; beside them ``staleness`` (ranks, counts)."""
+"""Columns of ``ranks/`` in the run file, one entry per rank; beside them ``staleness`` (ranks, counts), in mode async
+``discarded``."""
 
 
 class RunFolder:
@@ -82,7 +83,8 @@ class RunFolder:
         Args:
             result: what ``--json`` prints.
             ranks: per rank ``seconds``, ``compute``, ``communicate``, ``wait`` (seconds), ``samples``, ``updates``,
-                ``skipped``, and ``staleness`` (histogram counts); of a live run also what ``StepLog.record`` gives.
+                ``skipped``, ``staleness`` (histogram counts), in mode async ``discarded``; of a live run also what
+                ``StepLog.record`` gives.
             config: of the run.
             world: for the versions.
         """
@@ -96,6 +98,8 @@ class RunFolder:
                 file[f"curves/{name}"] = np.array([row[name] for row in self.rows], np.float64)
             for name in RANK_COLUMNS:
                 file[f"ranks/{name}"] = np.array([rank[name] for rank in ranks])
+            if "discarded" in ranks[0]:
+                file["ranks/discarded"] = np.array([rank["discarded"] for rank in ranks])
             widest = max(len(rank["staleness"]) for rank in ranks)
             counts = [np.pad(rank["staleness"], (0, widest - len(rank["staleness"]))) for rank in ranks]
             file["ranks/staleness"] = np.array(counts, np.int64)

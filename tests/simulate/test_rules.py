@@ -69,6 +69,9 @@ def test_gsgm_may_discard(data: Dataset) -> None:
     updates = [r["updates"] for r in found.ranks]
     assert updates[1] == 8 and updates[0] < 8
     assert found.ranks[0]["samples"] == 32
+    assert found.result["discarded"] == 24 - sum(updates) > 0 and found.result["lock_free"] is False
+    assert found.ranks[1]["discarded"] == 0
+    assert run(data, rule="hogwild", workers=3, epochs=1).result["lock_free"] is True
 
 
 def test_easgd_pays_for_messages_only_when_copies_meet(data: Dataset) -> None:
