@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpcasync.comm.agree import raise_together
-from hpcasync.comm.collectives import Collectives
+from hpcasync.comm.collectives import Collectives, OneRank
 from hpcasync.comm.world import World
 from hpcasync.errors import UsageError, unknown
 
@@ -27,19 +27,17 @@ def check_backend(name: str) -> None:
 
 
 def make_collectives(name: str, world: World) -> Collectives:
-    """The backend of this name over all ranks; the world's own where it is that one, or there is one rank. Collective.
+    """A new backend of this name over all ranks, for the caller to close; with one rank there is nothing to sum. Collective.
 
     Raises:
         UsageError: the same on every rank: an unknown name, or a backend that can't run here, with the remedy.
     """
     check_backend(name)
-    if name == "mpi":
-        return world.collectives
     module = importlib.import_module(BACKENDS[name])
     problem: Callable[[World], str | None] = module.problem
     raise_together(world, problem(world))
     if world.size == 1:
-        return world.collectives
+        return OneRank()
     return _opened(module, world)
 
 

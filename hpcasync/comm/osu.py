@@ -27,8 +27,7 @@ def allreduce(world: World, backend: str, sizes: Sequence[int], rounds: int) -> 
     for size in sizes:
         (buffer,) = collectives.buffers([max(1, size // 4)], torch.float32, torch.device("cpu"))
         _row(world, 4 * buffer.numel(), _time(world, lambda: collectives.allreduce(buffer), rounds))  # noqa: B023
-    if collectives is not world.collectives:
-        collectives.close()
+    collectives.close()
 
 
 def rma(world: World, sizes: Sequence[int], rounds: int) -> None:

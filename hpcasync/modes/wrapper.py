@@ -74,7 +74,7 @@ class Wrapper(Mode):
             },
         )
         self.collectives = make_collectives(collectives, self.world) if isinstance(collectives, str) else collectives
-        self._opened = isinstance(collectives, str) and self.collectives is not self.world.collectives
+        self._opened = isinstance(collectives, str)
         self._broadcast_parameters()
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,3 +149,4 @@ class Wrapper(Mode):
             self.synchronize()
             if self._opened:
                 self.collectives.close()
+                self.collectives = self.world.collectives

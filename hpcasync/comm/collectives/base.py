@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -38,7 +38,12 @@ class Collectives(Protocol):
 
     Every rank must start the same operations in the same order, and waits for them in any order. The sum has the same
     bits on every rank.
+
+    Attributes:
+        polite: it gives the core away while it waits.
     """
+
+    polite: bool
 
     def buffers(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """Zeros of these sizes, where this backend sums them best: for gradients or parameters on ``device``. Collective.
@@ -136,6 +141,8 @@ class Done:
 class OneRank:
     """The collectives of a world of one rank: every sum is its own term."""
 
+    polite = False
+
     def buffers(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         return host_buffers(sizes, dtype, device)
 
@@ -166,9 +173,9 @@ class OverMPI:
         mpi: the world's own collectives.
     """
 
-    def __init__(self, mpi: Any) -> None:
-        self._mpi: Collectives = mpi
-        self._polite: bool = mpi.polite
+    def __init__(self, mpi: Collectives) -> None:
+        self._mpi = mpi
+        self.polite = mpi.polite
 
     def buffers(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         return host_buffers(sizes, dtype, device)

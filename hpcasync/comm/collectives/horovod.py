@@ -116,6 +116,7 @@ class HorovodCollectives(OverMPI):
         self._number = _users
         self._open = True
         self._names: dict[int, str] = {}
+        self._kept: list[Tensor] = []  # so that no address in _names is given out again
         self._count = 0
 
     def buffers(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -124,7 +125,9 @@ class HorovodCollectives(OverMPI):
         else:
             made = host_buffers(sizes, dtype, device)
         for buffer in made:
-            self._names[buffer.data_ptr()] = f"hpcasync.{self._number}.buffer.{len(self._names)}"
+            if buffer.numel():
+                self._names[buffer.data_ptr()] = f"hpcasync.{self._number}.buffer.{len(self._kept)}"
+            self._kept.append(buffer)
         return made
 
     def start_allreduce(self, buffer: Buffer) -> Pending:
@@ -145,6 +148,7 @@ class HorovodCollectives(OverMPI):
         if not self._open:
             return
         self._open = False
+        self._names, self._kept = {}, []
         self._mpi.barrier()
         _users -= 1
         if _users == 0 and _ours:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hpcasync.comm.collectives.base import Buffer, Pending, as_array, host_buffers, segments, wait_until, warn_stalled
+
+if TYPE_CHECKING:  # World holds collectives
+    from hpcasync.comm.world import World
 
 SEGMENT = 1 << 20
 """Bytes per blocking MPI call: in 1 MB segments, which stay in the cache, a large allreduce takes half the time."""
@@ -20,6 +23,16 @@ LINE_SEGMENT = 8 << 20
 
 IN_FLIGHT = 2
 """Non-blocking MPI calls under way at a time: many at once evict each other from the cache."""
+
+
+def problem(world: World) -> str | None:
+    """Always none: where there are several ranks there is MPI."""
+    return None
+
+
+def open(world: World) -> MPICollectives:  # the name that every backend gives it
+    """The backend over all ranks, on communicators of its own. Collective."""
+    return MPICollectives(world.comm, polite=world.collectives.polite)
 
 
 class _Request:

@@ -126,7 +126,7 @@ class WindowCollectives(OverMPI):
         comm = self._world.comm.Split(self._me if takes_part else MPI.UNDEFINED, self._world.rank)
         if not takes_part:
             return None
-        collectives = MPICollectives(comm, polite=self._polite)
+        collectives = MPICollectives(comm, polite=self.polite)
         comm.Free()
         return collectives
 
@@ -188,7 +188,7 @@ class WindowCollectives(OverMPI):
     def reach(self, number: int) -> None:
         """Wait until so many operations are complete."""
         if not self.advance(number):
-            wait_until(lambda: self.advance(number), self._polite)
+            wait_until(lambda: self.advance(number), self.polite)
 
     def advance(self, number: int) -> bool:
         """Do what can be done without waiting; whether so many operations are complete."""
@@ -244,7 +244,7 @@ class WindowCollectives(OverMPI):
             self._advance()
             return pending.test()
 
-        wait_until(passed, self._polite, lambda seconds: warn_stalled(self._world.rank, seconds))
+        wait_until(passed, self.polite, lambda seconds: warn_stalled(self._world.rank, seconds))
 
     def close(self) -> None:
         """Complete what is under way and give the memory back as soon as no array lies in it. Collective and idempotent."""
