@@ -37,6 +37,7 @@ class Cell:
             is a factor on the grid, for a method whose learning rate has another unit.
         grid: learning rates, the same for every method.
         place: where the cell stands in the summary picture and table: its panel's name and its x.
+        target: test accuracy in %, if the methods are judged by the epochs that they need to it instead of by the last accuracy.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Cell:
     methods: Mapping[str, Keys | Sequence[Keys]]
     grid: Sequence[float]
     place: tuple[str, float] = ("", 0)
+    target: float | None = None
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Summary:
     ``jump`` the mean |acc_t - acc_(t-1)| over all of them, ``area`` the mean training loss over the run (lower: faster per
     update); each a list with one entry per seed, accuracies in %. ``diverged``: final accuracy below twice chance or not finite.
     ``edge``: the best rate is the first or last of the grid, so a better one may lie outside. ``score``: what the tuning seeds
-    gave at that rate.
+    gave at that rate. ``reach``: epochs to the cell's target, between two evaluations interpolated; a run that never got there
+    counts as one epoch more than it had, and in ``missed``.
     """
 
     method: str
@@ -69,8 +72,10 @@ class Summary:
     area: list[float] = field(default_factory=list)
     staleness: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    reach: list[float] = field(default_factory=list)
     curves: list[np.ndarray] = field(default_factory=list)
     diverged: int = 0
+    missed: int = 0
 
     def mean(self, name: str) -> float:
         """Mean of a column over the seeds."""
@@ -169,7 +174,7 @@ def _cell(cell: Cell, runner: Runner, seeds: Sequence[int]) -> dict[str, Summary
         runs = runner.run([_keys(cell, keys, lr, seed) for all_ in settings.values() for keys, lr in all_])
         if runs is None:
             return None
-        scores = iter([_score(run) for run in runs])
+        scores = iter([score_of(run, cell.target) for run in runs])
         return {m: [next(scores) for _ in all_] for m, all_ in settings.items()}
 
     first = score(tries, TUNING_SEEDS[0])
@@ -192,7 +197,7 @@ def _cell(cell: Cell, runner: Runner, seeds: Sequence[int]) -> dict[str, Summary
         edge = len(cell.grid) > 1 and lr in (cell.grid[0], cell.grid[-1])
         chosen = keys if len(_alternatives(cell.methods[method])) > 1 else {}
         summary = Summary(method, lr * keys.get("scale", 1), edge, chosen, scores[method])
-        found[method] = summarise(summary, [next(shares) for _ in seeds])
+        found[method] = summarise(summary, [next(shares) for _ in seeds], cell.target)
     return found
 
 
@@ -206,13 +211,27 @@ def _keys(cell: Cell, own: Keys, lr: float, seed: int) -> Keys:
     return keys
 
 
-def _score(run: Run) -> float:
-    """Mean accuracy over the last quarter of the evaluations: less a matter of chance than the last one; 0 if it diverged."""
+def score_of(run: Run, target: float | None) -> float:
+    """What the best rate has most of: mean accuracy over the last quarter of the evaluations, less a matter of chance than the
+    last one, and 0 if the run diverged; with a target, the epochs to it, negative."""
+    if target is not None:
+        return -reach_of(run, target)
     last = [row["test_accuracy"] for row in run["curve"]][-max(1, len(run["curve"]) // 4) :]
     return float(np.mean(last)) if np.isfinite(run["result"]["test_loss"]) else 0.0
 
 
-def summarise(summary: Summary, runs: Sequence[Run]) -> Summary:
+def reach_of(run: Run, target: float) -> float:
+    """Epochs until the accuracy is the target, see ``Summary``; before the first evaluation it is taken to rise from 0."""
+    epochs = [0.0, *(row["epoch"] for row in run["curve"])]
+    accuracy = [0.0, *(100 * row["test_accuracy"] for row in run["curve"])]
+    for i in range(1, len(epochs)):
+        if accuracy[i] >= target:
+            share = (target - accuracy[i - 1]) / (accuracy[i] - accuracy[i - 1])
+            return epochs[i - 1] + share * (epochs[i] - epochs[i - 1])
+    return epochs[-1] + 1
+
+
+def summarise(summary: Summary, runs: Sequence[Run], target: float | None = None) -> Summary:
     """Fill in a summary from its runs."""
     for run in runs:
         final = run["result"]["test_accuracy"] if np.isfinite(run["result"]["test_loss"]) else 0.0
@@ -228,6 +247,9 @@ def summarise(summary: Summary, runs: Sequence[Run]) -> Summary:
         summary.staleness.append(run["result"]["staleness"]["mean"] or 0.0)
         summary.seconds.append(run["result"]["virtual_seconds"])
         summary.diverged += final < 0.2
+        if target is not None:
+            summary.reach.append(reach_of(run, target))
+            summary.missed += summary.reach[-1] > run["curve"][-1]["epoch"]
     return summary
 
 
