@@ -8,8 +8,6 @@ import sys
 import tarfile
 from pathlib import Path
 
-from hpcasync.data.atomic import replacing
-from hpcasync.data.resolve import cache_folder
 from hpcasync.errors import UsageError
 
 
@@ -24,6 +22,8 @@ def archive_of(prefix: Path) -> Path:
             f"--broadcast copies a virtual or conda environment to the nodes, and {prefix} is neither; "
             "install hpcasync in one, or leave it with --no-broadcast"
         )
+    from hpcasync.data.resolve import cache_folder  # only here: its package brings torch along
+
     digest = hashlib.sha256(os.fspath(prefix).encode())
     for folder, folders, files in os.walk(prefix):
         folders[:] = sorted(set(folders) - {"__pycache__"})  # Python adds to those by itself
@@ -41,6 +41,8 @@ def pack(prefix: Path = Path(sys.prefix)) -> Path:
     """
     archive = archive_of(prefix)
     if not archive.exists():
+        from hpcasync.data.atomic import replacing
+
         with replacing(archive) as temporary, tarfile.open(temporary, "w") as tar:
             tar.add(prefix, arcname=".")
     return archive

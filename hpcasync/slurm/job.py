@@ -78,6 +78,8 @@ def render(job: Job, site: Site) -> str:
     template.filters["sh"] = lambda value: shlex.quote(str(value))
     cpus = job.cpus_per_rank
     threads = {"OMP_NUM_THREADS": str(max(1, cpus // site.threads_per_core))} if cpus else {}
+    # A rank that dies takes the others with it a minute later. --kill-on-bad-exit would do so at once, but for 75 as well,
+    # and a rank that leaves with 75 a little later than the first would get SIGTERM.
     srun = {**({"mpi": job.mpi} if job.mpi else {}), "wait": 60, **site.srun}
     return template.from_string((FILES / "job.sh.j2").read_text(encoding="utf-8")).render(
         site=site,
@@ -88,7 +90,7 @@ def render(job: Job, site: Site) -> str:
         setup_file=job.setup_file,
         cpus_per_rank=cpus,
         max_restarts=job.max_restarts,
-        script=shlex.quote(str(job.script)),
+        script=job.script,
         python=job.python,
         python_name=job.python.name,
         broadcast=job.archive is not None,

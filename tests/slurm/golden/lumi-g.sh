@@ -1,0 +1,68 @@
+#!/bin/bash
+# LUMI-G (8 GPUs of 4 AMD MI250X), by: hpcasync submit ...
+#SBATCH --job-name=resnet
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=7
+#SBATCH --time=2:00:00
+#SBATCH --partition=standard-g
+#SBATCH --gpus-per-node=8
+#SBATCH --account=project_1
+#SBATCH --output=/scratch/run/slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@120
+
+export OMP_NUM_THREADS="7"
+export MPICH_GPU_SUPPORT_ENABLED="0"
+export NCCL_SOCKET_IFNAME="hsn"
+export GLOO_SOCKET_IFNAME="hsn0"
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from the allocation
+
+# Exit code 75 means: a checkpoint is written, start me again. 138 and 143: the signal came before the ranks could catch it.
+script=/scratch/run/job.sh asked= pid= restarts=${SLURM_RESTART_COUNT:-0}
+pass_on() {
+    asked=$1
+    echo "hpcasync: $(date +%T) got $1, asking the ranks for a checkpoint"
+    [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null
+}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+finish() {
+    local code=$1 state
+    case $code in
+        75 | 138 | 143) ;;
+        *) exit "$code" ;;
+    esac
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null)
+    if [ "$state" != RUNNING ]; then
+        echo "hpcasync: not requeued, the job is ${state:-gone}"
+    elif [ "$restarts" -ge 20 ]; then
+        echo "hpcasync: not requeued, 20 restarts are the limit (--max-restarts); to go on: sbatch $script"
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        echo "hpcasync: requeued, restart $((restarts + 1)) of at most 20"
+        exit 0
+    else
+        echo "hpcasync: scontrol requeue failed; to go on: sbatch $script"
+    fi
+    exit "$code"
+}
+
+python=/opt/env/bin/python3
+
+[ -z "$asked" ] || finish 75
+srun --wait=60 --cpu-bind=mask_cpu:fe000000000000,fe00000000000000,fe0000,fe000000,fe,fe00,fe00000000,fe0000000000 \
+    bash -c 'export ROCR_VISIBLE_DEVICES="$SLURM_LOCALID"; exec "$@"' rank \
+    "$python" -m hpcasync train --data cifar-10 --model resnet20 --mode kstep --output /scratch/run --resume auto &
+pid=$!
+[ -z "$asked" ] || kill -USR1 "$pid"
+# A trap ends `wait` with 128 + the signal's number, even as the launcher ends; bash still knows the real status then.
+while :; do
+    wait "$pid"; code=$?
+    kill -0 "$pid" 2>/dev/null || break
+done
+if [ "$code" -gt 128 ]; then
+    wait "$pid"; again=$?
+    [ "$again" -eq 127 ] || code=$again
+fi
+finish "$code"
