@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import _data
 import _pools
 
 Keys = Mapping[str, Any]
@@ -22,24 +23,6 @@ Run = dict[str, Any]
 def name_of(keys: Keys) -> str:
     """The name of the run with these keys."""
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def cut(data: str, samples: int, test_samples: int | None) -> Path:
-    """The data set with only its first samples of the training and of the test set; kept in the cache.
-
-    MNIST and Fashion-MNIST come shuffled, so their first samples hold all classes.
-    """
-    from hpcasync.data import Arrays, open_dataset, write_dataset
-    from hpcasync.data.resolve import cache_folder
-
-    path = cache_folder() / f"{data}-first-{samples}-{test_samples or 'all'}.h5"
-    if not path.exists():
-        full = open_dataset(data)
-        sizes = {"train": samples, "test": test_samples}
-        arrays = {f"{split}_{k}": full.array(f"{split}/{k}")[:size] for split, size in sizes.items() for k in "xy"}
-        # overwrite: another process may have been faster; the bytes are the same
-        write_dataset(path, Arrays(**arrays, name=path.stem, classes=full.classes, source=full.header.source), overwrite=True)
-    return path
 
 
 class Runner:
@@ -89,7 +72,9 @@ def _one(task: tuple[Keys, Path, float]) -> None:
     if part is not None:
         own["data"] = str(_pools.cut(own["data"], part, own["seed"]))
     if samples is not None:
-        own["data"] = str(cut(own["data"], samples, test_samples))
+        own["data"] = str(_data.cut(own["data"], samples, test_samples))
+    if str(own.get("partition", "")).startswith("dirichlet"):
+        own["partition"] = _data.deal(own["partition"], own["data"], own["workers"], own["seed"], own["batch"])
     outcome = simulate(make_simulate_config(own), records=False, shown=False)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({"keys": dict(keys), "result": outcome.result, "curve": outcome.curve}))
