@@ -20,7 +20,7 @@ class Recording:
     Attributes:
         steps: per rank float (steps, 3): seconds of compute, communicate and wait of each.
         exchange: mean seconds that a step communicated, of those that did: an average of the synchronous modes.
-        meeting: mean seconds of the end of an epoch for the rank that comes last to it.
+        meeting: mean seconds that an epoch lasts longer than the steps of its slowest rank.
     """
 
     steps: tuple[np.ndarray, ...]
@@ -81,5 +81,6 @@ def _recording(steps: np.ndarray, meetings: np.ndarray) -> Recording | None:
     messages = np.concatenate(own)[:, 1]
     sent = messages[messages > 0]
     whole = meetings[:, ~np.isnan(meetings).any((0, 2))].astype(float)
-    meeting = float(whole.sum(-1).min(0).mean()) if whole.size else 0.0
-    return Recording(own, float(sent.mean()) if sent.size else 0.0, meeting)
+    # What the slowest rank's steps do not explain: barriers, reads, ranks that begin late.
+    meeting = (whole.sum((1, 2)).max() - whole[..., 2].max(0).sum()) / whole.shape[1] if whole.size else 0.0
+    return Recording(own, float(sent.mean()) if sent.size else 0.0, max(0.0, float(meeting)))

@@ -95,8 +95,9 @@ def _train(
         about = {"epoch": run.epoch, "step": run.step, "checkpoint": keeper.newest, "restarts": keeper.restarts}
         return Outcome({"stopped": stopped, **about}, [], path, stopped)
     keeper.close()
+    record = rank_record(mode, run.samples) | run.log.record()  # closing waits for the ranks that still evaluate
     mode.close()
-    ranks = world.gather(rank_record(mode, run.samples) | run.log.record())
+    ranks = world.gather(record)
     rule = make_rule(config.rule, config.options)
     result = result_of(config, rule, ranks, run.row, seconds=max(r["seconds"] for r in ranks), nodes=world.nodes)
     result |= {"resumed_from": keeper.resumed_from or None, "restarts": keeper.restarts}

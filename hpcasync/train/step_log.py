@@ -18,6 +18,8 @@ BLOCK = 64
 BLOCKS = 64
 """Blocks kept at most; then every second one goes, and from there on only every second one is kept."""
 COLUMNS = ("compute", "communicate", "wait")
+MEETING = ("communicate", "wait", "steps")
+"""Of the meeting at the end of an epoch; ``steps``: seconds of all steps before it."""
 
 
 class StepLog:
@@ -33,11 +35,13 @@ class StepLog:
         self._kept = np.empty((BLOCKS, BLOCK, 3), np.float32)
         self._count = 0  # steps measured
         self._stride = 1  # of the blocks that are kept
-        self._meetings: list[tuple[float, float]] = []
+        self._began = sum(self._last)
+        self._meetings: list[tuple[float, float, float]] = []
 
     def begin(self) -> None:
-        """The next step begins now: what lies before it, an evaluation and the like, is no step's."""
+        """An epoch's first step begins now: what lies before it, an evaluation and the like, is no step's."""
         self._last = self._read()
+        self._began = sum(self._last)
 
     def step(self) -> None:
         """A step is over."""
@@ -56,15 +60,15 @@ class StepLog:
     def meeting(self) -> None:
         """All ranks have met at the end of an epoch; the time since the last step is the meeting's."""
         _, communicate, wait = self._read()
-        self._meetings.append((communicate - self._last[1], wait - self._last[2]))
+        self._meetings.append((communicate - self._last[1], wait - self._last[2], sum(self._last) - self._began))
 
     def record(self) -> dict[str, Any]:
-        """``steps`` float32 (steps kept, 3), seconds by ``COLUMNS``; ``meetings`` float32 (epochs, 2), communicate and wait."""
+        """``steps`` float32 (steps kept, 3), seconds by ``COLUMNS``; ``meetings`` float32 (epochs, 3) by ``MEETING``."""
         block, place = divmod(self._count, BLOCK)
         whole = -(-block // self._stride)  # blocks kept and full
         size = whole * BLOCK + (place if block % self._stride == 0 else 0)
         steps = self._kept.reshape(-1, 3)[:size].copy()
-        return {"steps": steps, "meetings": np.array(self._meetings, np.float32).reshape(-1, 2), "every": self._stride}
+        return {"steps": steps, "meetings": np.array(self._meetings, np.float32).reshape(-1, 3), "every": self._stride}
 
     def _read(self) -> tuple[float, float, float]:
         share = self._share
@@ -73,7 +77,7 @@ class StepLog:
 
 def write_steps(file: h5py.File, ranks: list[dict[str, Any]]) -> None:
     """Write ``steps/`` and ``meetings/`` of a run file, (ranks, entries) each; a rank with fewer is filled up with NaN."""
-    for group, columns in (("steps", COLUMNS), ("meetings", COLUMNS[1:])):
+    for group, columns in (("steps", COLUMNS), ("meetings", MEETING)):
         widest = max(len(rank[group]) for rank in ranks)
         table = np.full((len(ranks), widest, len(columns)), np.nan, np.float32)
         for row, rank in zip(table, ranks, strict=True):
@@ -84,7 +88,7 @@ def write_steps(file: h5py.File, ranks: list[dict[str, Any]]) -> None:
 
 
 def read_steps(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """What ``write_steps`` wrote: steps (ranks, steps, 3) and meetings (ranks, epochs, 2), seconds; None where there is none.
+    """What ``write_steps`` wrote: steps (ranks, steps, 3) and meetings (ranks, epochs, 3), seconds; None where there is none.
 
     Raises:
         UsageError: no finished run there.
@@ -97,6 +101,6 @@ def read_steps(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
             if "steps" not in file:
                 return None
             steps = np.stack([file[f"steps/{name}"][:] for name in COLUMNS], axis=-1)
-            return steps, np.stack([file[f"meetings/{name}"][:] for name in COLUMNS[1:]], axis=-1)
+            return steps, np.stack([file[f"meetings/{name}"][:] for name in MEETING], axis=-1)
     except (OSError, KeyError) as error:
         raise UsageError(f"{path}: not a finished run of hpcasync ({error})") from error
