@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcasync.comm.launch import launched_tasks
+from hpcasync.data.atomic import replacing
 from hpcasync.errors import UsageError
 
 VERSION = "0.28.1"
@@ -123,7 +124,8 @@ def _build(folder: Path, about: dict[str, str], jobs: int) -> Path:
     print(f"building Horovod {VERSION} for {', '.join(about.values())} with {jobs} jobs; log: {log}", flush=True)
     began = time.perf_counter()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    # Not in the cache folder: Horovod uses the path as a regular expression, and "torch-2.13.0+cpu" does not match itself.
+    with tempfile.TemporaryDirectory(prefix="hpcasync_horovod_") as temporary:
         work = Path(temporary)
         (work / "toolchain.cmake").write_text(TOOLCHAIN)
         (work / "cxx17.cmake").write_text(CXX17)
@@ -141,7 +143,8 @@ def _build(folder: Path, about: dict[str, str], jobs: int) -> Path:
         if made is None:
             raise UsageError(f"the build left a Horovod without its torch extension; see {log}")
         wheel = folder / made.name
-        os.replace(made, wheel)
+        with replacing(wheel) as unfinished:
+            shutil.copyfile(made, unfinished)
     print(f"built in {time.perf_counter() - began:.0f} s: {wheel}", flush=True)
     return wheel
 
