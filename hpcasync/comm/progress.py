@@ -36,10 +36,19 @@ class Watcher:
         requests, done: int64, contiguous: a request is open where they differ.
         probes: calls of ``MPI_Iprobe`` per turn; 0 leaves progress to the library.
         sleep: microseconds between turns.
+        gate: int64 (1,), not 0 while another thread of this process is in a one-sided operation: then the probes are left
+            out, since that thread lets MPI go on, and they would only fight it for MPI's lock.
     """
 
     def __init__(
-        self, comm: Any, requests: np.ndarray, done: np.ndarray, *, probes: int = PROBES, sleep: int = SLEEP
+        self,
+        comm: Any,
+        requests: np.ndarray,
+        done: np.ndarray,
+        *,
+        probes: int = PROBES,
+        sleep: int = SLEEP,
+        gate: np.ndarray | None = None,
     ) -> None:
         from mpi4py import MPI
 
@@ -51,11 +60,12 @@ class Watcher:
         self._fixed = (iprobe, usleep, MPI._handleof(comm), MPI.ANY_SOURCE, MPI.ANY_TAG, scratch, probes, sleep)
         self._words = (requests.reshape(-1), done.reshape(-1))
         self._sleep = sleep
+        self._gate = np.zeros(1, np.int64) if gate is None else gate
 
     def turn(self, first: int = 0, eager: int = 0, turns: int = -1) -> int:
         """The index of an open request, the search beginning at ``first``; -1 once stopped, -2 after ``turns`` turns."""
         short = min(SHORT_SLEEP, self._sleep)
-        return int(watch(*self._fixed, short, eager, *self._words, first, turns, self._stop))
+        return int(watch(*self._fixed, short, eager, *self._words, first, turns, self._gate, self._stop))
 
     def stop(self) -> None:
         """Let ``turn`` return -1 from now on."""

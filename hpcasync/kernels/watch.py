@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from numba import njit
 
-from hpcasync.kernels.atomic import call_iprobe, call_usleep, load_word
+from hpcasync.kernels.atomic import call_iprobe, call_usleep, load_word, put, take
 
 
 @njit(nogil=True, cache=True)
-def watch(iprobe, usleep, comm, source, tag, scratch, probes, sleep, short, eager, requests, done, first, turns, stop):
+def watch(iprobe, usleep, comm, source, tag, scratch, probes, sleep, short, eager, requests, done, first, turns, gate, stop):
     """Turn until a word of ``requests`` differs from that of ``done``: its index, looking from ``first`` on; -1: stopped; -2: ``turns`` over."""
     count = requests.size
     flag, status = scratch.ctypes.data, scratch.ctypes.data + 64
@@ -16,8 +16,10 @@ def watch(iprobe, usleep, comm, source, tag, scratch, probes, sleep, short, eage
         if turns == 0:
             return -2
         turns -= 1
-        for _ in range(probes):
-            call_iprobe(iprobe, source, tag, comm, flag, status)
+        if probes > 0 and take(gate, 0, 1):  # else the main thread is in MPI, which goes on by that
+            for _ in range(probes):
+                call_iprobe(iprobe, source, tag, comm, flag, status)
+            put(gate, 0, 0)
         for i in range(count):
             at = 8 * ((first + i) % count)
             if load_word(requests.ctypes.data + at) != load_word(done.ctypes.data + at):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
 
+from hpcasync.kernels.atomic import put, take
 from hpcasync.store.placement import Port, Segment
 
 
 class Memory:
-    """Every port's segment: as an array for the ranks of its node, by put, get and atomics for all others.
+    """Every port's segment: as an array for the ranks of its node, by put and get for all others.
 
     ``Allocate_shared`` on the node gives loads and stores; ``Create`` on the own segment over all nodes gives one-sided
     access to the very same memory. One ``Lock_all`` epoch lasts for the life of the windows. Constructor and ``free`` are
@@ -28,6 +31,7 @@ class Memory:
         from mpi4py import MPI
 
         self._ports = ports
+        self.gate = np.zeros(1, np.int64)  # see Watcher
         mine = [s for p, s in zip(ports, segments, strict=True) if p.rank == comm.rank]
         size = mine[0].offsets["end"] if mine else 0
         self._shared = MPI.Win.Allocate_shared(size, 1, comm=node_comm)
@@ -43,10 +47,8 @@ class Memory:
         }
         for window in (self._shared, self._window):
             window.Lock_all(MPI.MODE_NOCHECK)
-        self._replace = MPI.REPLACE
         self._types = {np.dtype(np.float32): MPI.FLOAT, np.dtype(np.float64): MPI.DOUBLE, np.dtype(np.int64): MPI.INT64_T}
         self._types[np.dtype(np.uint8)] = MPI.BYTE
-        self._word = MPI.INT64_T
         self.sync()
 
     def sync(self) -> None:
@@ -57,20 +59,29 @@ class Memory:
     def put(self, port: int, offset: int, values: np.ndarray) -> None:
         """Begin to write ``values`` at a byte of a port on another node."""
         kind = self._types[values.dtype]
-        self._window.Put((values, kind), self._ports[port].rank, (offset, values.size, kind))
+        with self._in_mpi():
+            self._window.Put((values, kind), self._ports[port].rank, (offset, values.size, kind))
 
     def get(self, port: int, offset: int, values: np.ndarray) -> None:
         """Begin to read into ``values``."""
         kind = self._types[values.dtype]
-        self._window.Get((values, kind), self._ports[port].rank, (offset, values.size, kind))
-
-    def swap(self, port: int, offset: int, value: np.ndarray, found: np.ndarray) -> None:
-        """Begin to replace an int64 word atomically; both arrays have one element."""
-        self._window.Fetch_and_op((value, self._word), (found, self._word), self._ports[port].rank, offset, self._replace)
+        with self._in_mpi():
+            self._window.Get((values, kind), self._ports[port].rank, (offset, values.size, kind))
 
     def flush(self, port: int) -> None:
         """Wait until everything begun on the port is done."""
-        self._window.Flush(self._ports[port].rank)
+        with self._in_mpi():
+            self._window.Flush(self._ports[port].rank)
+
+    @contextmanager
+    def _in_mpi(self) -> Iterator[None]:
+        """Keep the progress thread's probes out: this thread lets MPI go on meanwhile."""
+        while not take(self.gate, 0, 1):
+            time.sleep(0)
+        try:
+            yield
+        finally:
+            put(self.gate, 0, 0)
 
     def free(self) -> None:
         """Give the windows back. Collective."""

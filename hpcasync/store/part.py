@@ -13,6 +13,7 @@ from hpcasync.rules import Rule
 from hpcasync.store.base import NOTES, Store, Worker
 from hpcasync.store.layout import Layout, Shard
 from hpcasync.store.placement import LINE, WIDTH, Port, Segment
+from hpcasync.store.words import whole
 
 LOCK, VERSION, WRITER, NOTE, SEQUENCE = 0, 1, 2, 3, 7
 """Words of a shard's line. The sequence is odd while the shard is being written."""
@@ -104,13 +105,15 @@ class Part(Store):
             index: of the request in ``requests``.
 
         Returns:
-            False where the shard's lock is held: try again.
+            False where the shard's lock is held or the request's number is half written: try again.
         """
         sender, k = divmod(index, len(self.layout.shards))
         if not self.try_lock(k, self._owner):
             return False
         try:
             number = get(self.requests, index)
+            if not whole(number):
+                return False
             if number != get(self.done, index):
                 self._execute(sender, k)
                 put(self.done, index, number)

@@ -12,6 +12,7 @@ from hpcasync.comm.agree import raise_together
 from hpcasync.comm.progress import PROBES, ProgressThread, Watcher
 from hpcasync.comm.world import World
 from hpcasync.kernels import GRADIENTS, PLAN
+from hpcasync.kernels.atomic import put
 from hpcasync.rules import Rule
 from hpcasync.rules.base import NO_VECTORS
 from hpcasync.store.base import IDLE, Store, Worker
@@ -21,6 +22,7 @@ from hpcasync.store.memory import Memory
 from hpcasync.store.part import ANSWER_TAU, ANSWER_VERSION, CLOCK, FIRST, OP, PULL, PUSH, READ, SEQUENCE, VERSION, Part
 from hpcasync.store.placement import LINE, WIDTH, Segment, place
 from hpcasync.store.window import _shared_memory_problem
+from hpcasync.store.words import decode, encode
 
 TRIES = 3
 """Reads of a shard between two reads of its sequence, before its owner is asked to copy it out under the lock."""
@@ -34,7 +36,7 @@ class RemoteStore(Store):
     """Shared state dealt out over the nodes. Constructor, ``publish``, ``install``, ``barrier``, ``close`` are collective.
 
     A shard of this node is pushed to as in the window of one node. For one of another node the gradient is ``Put`` into
-    this rank's own slot there, one atomic word tells that it is complete, and a rank of that node applies it under the
+    this rank's own slot there, one word tells that it is complete, and a rank of that node applies it under the
     shard's lock with the same kernel, which writes the new parameters into the slot; from there a ``Get`` brings them.
     A pull is a ``Get`` between two reads of the shard's sequence, which is odd while it is written.
 
@@ -91,12 +93,8 @@ class RemoteStore(Store):
             start_hosts(hosts, layout, rule, world.size, self.ports, self._segments)
         comm, node_comm = (world.comm, world.node_comm) if hosts is None else (hosts.comm, hosts.node_comm)
         self._memory = Memory(comm, node_comm, self.ports, self._segments)
-        clocks, excused = np.zeros(world.size, np.int64), np.zeros(world.size, np.int64)
-        self._owns_clocks = 0 in self._memory.local
-        if self._owns_clocks:
-            words = self._memory.local[0][: self._segments[0].offsets["lines"]].view(np.int64)
-            skip = self._segments[0].offsets["excused"] // 8
-            clocks, excused = words[: world.size], words[skip : skip + world.size]
+        shared = self._memory.local.get(0)  # the clocks are in the first port
+        self._clock_words = None if shared is None else shared[: self._segments[0].offsets["lines"]].view(np.int64)
         none = np.empty(0, np.int64)
         super().__init__(
             layout,
@@ -105,8 +103,8 @@ class RemoteStore(Store):
             state=np.empty((rows, 0), np.float32),
             versions=none,
             writers=none,
-            clocks=clocks,
-            excused=excused,
+            clocks=np.zeros(world.size, np.int64),
+            excused=np.zeros(world.size, np.int64),
             notes=none,
             threads=threads,
         )
@@ -122,7 +120,7 @@ class RemoteStore(Store):
         if mine and hosts is None:
             server = self._part(mine[0], 1)
             probes = PROBES if progress == "thread" else 0
-            watcher = Watcher(self._probe_comm, server.requests, server.done, probes=probes)
+            watcher = Watcher(self._probe_comm, server.requests, server.done, probes=probes, gate=self._memory.gate)
             self._thread = ProgressThread(watcher, server.serve)
         self.barrier()
 
@@ -146,8 +144,8 @@ class RemoteStore(Store):
         self._peers = [i for i in range(len(self.ports)) if i not in self._memory.local]
         self._slot = {i: self.ports[i].senders.index(me) for i in self._peers}
         self._port_of = {k: i for i in self._peers for k in range(*self.ports[i].shards)}
-        self._numbers = np.zeros((len(shards), 1), np.int64)  # of the last request of each shard
-        self._found = np.zeros((len(shards), 1), np.int64)
+        self._numbers = [0] * len(shards)  # of the last request of each shard
+        self._words = np.zeros((len(shards), 1), np.int64)  # the same as it is sent
         self._done = np.zeros(len(shards), np.int64)
         self._answers = np.zeros((len(shards), LINE), np.int64)
         self._lines = [np.zeros((len(shards), LINE), np.int64) for _ in range(2)]
@@ -300,8 +298,9 @@ class RemoteStore(Store):
         for k in wave:
             i = self._port_of[k]
             self._numbers[k] += 1
-            word = self._segments[i].word("requests", self._slot[i], k - self.ports[i].shards[0])
-            self._memory.swap(i, word, self._numbers[k], self._found[k])
+            self._words[k] = encode(self._numbers[k])
+            at = self._segments[i].word("requests", self._slot[i], k - self.ports[i].shards[0])
+            self._memory.put(i, at, self._words[k])
             self._pending[i].append(k)
 
     def _collect(self, worker: Worker, out: np.ndarray) -> bool:
@@ -312,7 +311,7 @@ class RemoteStore(Store):
             self._memory.get(i, self._segments[i].word("done", self._slot[i]), self._done[first:last])
         for i in waiting:
             self._memory.flush(i)
-        ready = [k for i in waiting for k in self._pending[i] if self._done[k] == self._numbers[k, 0]]
+        ready = [k for i in waiting for k in self._pending[i] if self._done[k] == self._words[k, 0]]
         for k in ready:
             i, shard = self._port_of[k], self.layout.shards[k]
             first = self.ports[i].shards[0]
@@ -409,11 +408,16 @@ class RemoteStore(Store):
             self.clocks[i] = mine + 1
 
     def look(self) -> None:
-        if not self._owns_clocks:
-            offsets = self._segments[0].offsets
-            self._memory.get(0, offsets["clocks"], self.clocks)
-            self._memory.get(0, offsets["excused"], self.excused)
-            self._memory.flush(0)
+        start, last = self._segments[0].offsets["excused"] // 8, self._segments[0].offsets["lines"] // 8
+        while True:
+            words = np.empty(last, np.int64) if self._clock_words is None else self._clock_words.copy()
+            if self._clock_words is None:
+                self._memory.get(0, 0, words)
+                self._memory.flush(0)
+            clocks, excused = (decode(words[first : first + self.workers]) for first in (0, start))
+            if clocks.min() >= 0 and excused.min() >= 0:
+                self.clocks[:], self.excused[:] = clocks, excused
+                return
 
     def set_clock(self, worker: int, value: int) -> None:
         super().set_clock(worker, value)
@@ -424,9 +428,11 @@ class RemoteStore(Store):
         self._set_word("excused", worker, value)
 
     def _set_word(self, name: str, worker: int, value: int) -> None:
-        if not self._owns_clocks:
-            at = self._segments[0].offsets[name] + 8 * worker
-            self._memory.swap(0, at, np.array([value]), np.empty(1, np.int64))
+        at, word = self._segments[0].offsets[name] + 8 * worker, encode(value)
+        if self._clock_words is not None:
+            put(self._clock_words, at // 8, word)
+        else:
+            self._memory.put(0, at, np.array([word]))
             self._memory.flush(0)
 
     def barrier(self) -> None:
@@ -445,7 +451,7 @@ class RemoteStore(Store):
             end_hosts(self._world.hosts)
         self._parts = {}
         self._subs = {}
-        self.clocks, self.excused = (a.copy() for a in (self.clocks, self.excused))
+        self._clock_words = None
         self._memory.free()
         self._probe_comm.Free()
 
