@@ -82,5 +82,5 @@ def _recording(steps: np.ndarray, meetings: np.ndarray) -> Recording | None:
     sent = messages[messages > 0]
     whole = meetings[:, ~np.isnan(meetings).any((0, 2))].astype(float)
     # What the slowest rank's steps do not explain: barriers, reads, ranks that begin late.
-    meeting = (whole.sum((1, 2)).max() - whole[..., 2].max(0).sum()) / whole.shape[1] if whole.size else 0.0
+    meeting = (whole.sum((1, 2)).max() - whole[..., -1].max(0).sum()) / whole.shape[1] if whole.size else 0.0
     return Recording(own, float(sent.mean()) if sent.size else 0.0, max(0.0, float(meeting)))

@@ -18,7 +18,7 @@ BLOCK = 64
 BLOCKS = 64
 """Blocks kept at most; then every second one goes, and from there on only every second one is kept."""
 COLUMNS = ("compute", "communicate", "wait")
-MEETING = ("communicate", "wait", "steps")
+MEETING = (*COLUMNS, "steps")
 """Of the meeting at the end of an epoch; ``steps``: seconds of all steps before it."""
 
 
@@ -36,7 +36,7 @@ class StepLog:
         self._count = 0  # steps measured
         self._stride = 1  # of the blocks that are kept
         self._began = sum(self._last)
-        self._meetings: list[tuple[float, float, float]] = []
+        self._meetings: list[tuple[float, ...]] = []
 
     def begin(self) -> None:
         """An epoch's first step begins now: what lies before it, an evaluation and the like, is no step's."""
@@ -59,16 +59,17 @@ class StepLog:
 
     def meeting(self) -> None:
         """All ranks have met at the end of an epoch; the time since the last step is the meeting's."""
-        _, communicate, wait = self._read()
-        self._meetings.append((communicate - self._last[1], wait - self._last[2], sum(self._last) - self._began))
+        last = self._last
+        spent = [now - then for now, then in zip(self._read(), last, strict=True)]
+        self._meetings.append((*spent, sum(last) - self._began))
 
     def record(self) -> dict[str, Any]:
-        """``steps`` float32 (steps kept, 3), seconds by ``COLUMNS``; ``meetings`` float32 (epochs, 3) by ``MEETING``."""
+        """``steps`` float32 (steps kept, 3), seconds by ``COLUMNS``; ``meetings`` float32 (epochs, 4) by ``MEETING``."""
         block, place = divmod(self._count, BLOCK)
         whole = -(-block // self._stride)  # blocks kept and full
         size = whole * BLOCK + (place if block % self._stride == 0 else 0)
         steps = self._kept.reshape(-1, 3)[:size].copy()
-        return {"steps": steps, "meetings": np.array(self._meetings, np.float32).reshape(-1, 3), "every": self._stride}
+        return {"steps": steps, "meetings": np.array(self._meetings, np.float32).reshape(-1, 4), "every": self._stride}
 
     def _read(self) -> tuple[float, float, float]:
         share = self._share
@@ -88,7 +89,7 @@ def write_steps(file: h5py.File, ranks: list[dict[str, Any]]) -> None:
 
 
 def read_steps(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """What ``write_steps`` wrote: steps (ranks, steps, 3) and meetings (ranks, epochs, 3), seconds; None where there is none.
+    """What ``write_steps`` wrote: steps (ranks, steps, 3) and meetings (ranks, epochs, 4), seconds; None where there is none.
 
     Raises:
         UsageError: no finished run there.

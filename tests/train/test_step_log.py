@@ -62,7 +62,7 @@ def test_meetings_and_the_run_file(tmp_path: Path) -> None:
     assert found is not None
     steps, meetings = found
     assert steps.shape == (2, 5, 3) and np.isnan(steps[0, 3:]).all() and not np.isnan(steps[1]).any()
-    assert meetings[0].tolist() == [[2, 3, 2 + 0.75]] and np.isnan(meetings[1]).all()
+    assert meetings[0].tolist() == [[0, 2, 3, 2 + 0.75]] and np.isnan(meetings[1]).all()
     with h5py.File(tmp_path / "run.h5", "w") as file:
         file["ranks/seconds"] = [1.0]
     assert read_steps(tmp_path) is None
