@@ -218,6 +218,7 @@ def _check_plugin(plugin: str) -> None:
     if not plugin:
         return
     done = subprocess.run([_slurm("srun"), "--mpi=list"], capture_output=True, text=True)
-    known = re.findall(r"[a-z][a-z0-9_]*", (done.stdout + done.stderr).partition("are")[2])
+    known = re.findall(r"^\s+(\w+)$|available: (.*)$", done.stdout + done.stderr, re.MULTILINE)  # it writes to either
+    known = [word for pair in known for word in re.findall(r"\w+", " ".join(pair))]
     if done.returncode == 0 and known and plugin not in known:
-        raise unknown("--mpi", plugin, known, "These are what this Slurm has; `srun --mpi=list` shows them.")
+        raise unknown("--mpi", plugin, known, "This is what `srun --mpi=list` shows here.")

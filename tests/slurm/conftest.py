@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,14 +16,19 @@ from tests.slurm import cluster
 from tests.slurm.cluster import Cluster
 
 
+def require(reason: str) -> NoReturn:
+    """Skip for this reason; HPCASYNC_REQUIRE_SLURM=1 (`.ci/run`) makes it a failure nobody can miss."""
+    if os.environ.get("HPCASYNC_REQUIRE_SLURM") == "1":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
-    """Two nodes of 4 CPUs and 2 GPUs on hosts of their own; HPCASYNC_REQUIRE_SLURM=1 makes its lack a failure."""
+    """Two nodes of 4 CPUs and 2 GPUs on hosts of their own."""
     reason = cluster.missing() or hosts.missing()
     if reason is not None:
-        if os.environ.get("HPCASYNC_REQUIRE_SLURM") == "1":
-            pytest.fail(reason, pytrace=False)
-        pytest.skip(reason)
+        require(reason)
     with hosts.Hosts(2, rate="10gbit") as two, Cluster(two) as running:
         yield running
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.mpi import Lane, require_lane
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Submit, Submitted
+from tests.slurm.conftest import Submit, Submitted, require
 
 LOOP = Path(__file__).with_name("loop.py")
 TOTAL = 4 * sum(range(60))  # of 4 ranks that count to 60
@@ -36,7 +36,7 @@ def test_ranks_of_two_nodes_are_one_world(submit: Submit, lane: Lane, launcher: 
 
 def _require_pmix() -> None:
     if not list(Path("/usr/lib").glob("*/pmix2/lib/libpmix.so")):
-        pytest.skip("srun --mpi=pmix needs libpmix.so: apt-get install libpmix-dev")
+        require("srun --mpi=pmix needs libpmix.so: apt-get install libpmix-dev")
 
 
 def test_a_folder_with_odd_characters(submit: Submit, tmp_path: Path) -> None:
