@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcasync.comm import BACKENDS, check_backend
+from hpcasync.comm.progress_choice import PROGRESS
 from hpcasync.docstrings import attributes_of
 from hpcasync.errors import UsageError, unknown
 from hpcasync.modes.interval import parse_every
@@ -55,6 +56,8 @@ OPTIONS = (
     Option(
         "staleness", int, None, "a rank further ahead of the slowest, in pushes, waits (default: never; apam 16)", _ASYNC
     ),
+    Option("progress", str, None, "between nodes: thread, host-rank or library (default: found out at the start)", _ASYNC),
+    Option("host_ranks", int, None, "ranks per node set aside with --progress host-rank (default: 1)", _ASYNC),
     Option("preset", str, None, "k-avg, m-avg, post-local, bmuf, slowmo or diloco: settings of the options below", _KSTEP),
     Option("every", "whole-or-schedule", 32, "K, local steps per average, or a schedule such as 1:100,8:500,32", _KSTEP),
     Option("block_momentum", float, 0.0, "momentum of the block step, in [0, 1)", _KSTEP),
@@ -124,6 +127,8 @@ class TrainConfig:
     seed: int = 0
     schedule: str = "constant"
     staleness: int | None = None
+    progress: str | None = None
+    host_ranks: int | None = None
     preset: str | None = None
     every: int | str = 32
     block_momentum: float = 0.0
@@ -188,13 +193,19 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
             raise UsageError(f"--{key.replace('_', '-')} belongs to mode {', '.join(modes)}; the mode is {mode}")
     for key, least in (("epochs", 1), ("batch", 1), ("seed", 0), ("staleness", 0)):
         _at_least(keys, key, least)
-    for key, least in (("warm_start", 0), ("eval_every", 1), ("threads", 1), ("rho", 2), ("verification", 1)):
+    for key, least in (("warm_start", 0), ("eval_every", 1), ("threads", 1), ("rho", 2), ("verification", 1), ("host_ranks", 1)):
         _at_least(keys, key, least)
     for key, least in (("checkpoint_every", 0), ("keep", 1)):
         _at_least(keys, key, least)
     if keys.get("resume") == "auto" and "output" not in keys:
         raise UsageError("--resume auto looks for checkpoints in the run's folder: give it with --output")
     parse_every(keys.get("every", 1), "--every")
+    if keys.get("progress", PROGRESS[0]) not in PROGRESS:
+        raise unknown("progress", keys["progress"], PROGRESS)
+    if keys.get("progress") == "host-rank":
+        keys.setdefault("host_ranks", 1)
+    elif "host_ranks" in keys:
+        raise UsageError("--host-ranks belongs to --progress host-rank; give that too, or leave it out")
     for key in ("rho", "verification"):
         if key in keys and not keys.get("guided"):
             raise UsageError(f"--{key} belongs to guided SGD; give --guided too, or leave it out")

@@ -41,7 +41,7 @@ def train(config: TrainConfig) -> Outcome:
     Raises:
         UsageError: the same on every rank for bad input.
     """
-    world = init(device=config.device, threads=config.threads)
+    world = init(device=config.device, threads=config.threads, host_ranks=config.host_ranks or 0)
     if signals.installed():
         signals.install()  # again: MPI may have put handlers of its own there
     agree(world, {"--" + k.replace("_", "-"): v for k, v in config.keys().items()})
@@ -114,7 +114,7 @@ def make_mode(config: TrainConfig, model: nn.Module, world: World) -> Mode:
     rule = make_rule(config.rule, config.options)
     nonfinite: Any = config.on_nonfinite
     if config.mode == "async":
-        return Async(model, rule, staleness=config.staleness, world=world, on_nonfinite=nonfinite)
+        return Async(model, rule, staleness=config.staleness, world=world, on_nonfinite=nonfinite, progress=config.progress)
     optimizer = torch_optimizer(rule, model)
     if config.mode == "sync":
         return Sync(optimizer, world=world, model=model, collectives=config.collectives, on_nonfinite=nonfinite)
