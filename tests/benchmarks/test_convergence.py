@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "convergence"
-RECIPES = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_") and p.stem != "main_job")
+RECIPES = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_") and p.stem not in ("live", "main_job"))
 
 
 @pytest.mark.slow
