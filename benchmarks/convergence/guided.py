@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _live import live
 from _pictures import curves
 from _recipe import REPO, Line, _tally, _told
 from _runs import Keys, Run, Runner
@@ -238,12 +239,32 @@ def _differences(path: Path, table: Table) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _live(output: Path, seeds: int = 5) -> str:
+    """gSSGD and gASGD on 2 and 4 real ranks beside as many virtual workers, on the same data: a Markdown table."""
+    runner = Runner(output / "runs", 1, 1e9)
+    rows = ["| method | live accuracy, % | simulated | live replays' gradients | simulated | live staleness | simulated |"]
+    rows.append("|---" * 7 + "|")
+    for mode in NAMES:
+        for ranks in (2, 4):
+            cell = Cell("uci-digits", "sgd", mode, 3, seeds)
+            wanted = [{**cell.keys(guided=True, lr=AUTHORS_LR, seed=s), "workers": ranks} for s in range(seeds)]
+            simulated = [run["result"] for run in runner.run(wanted) or []]
+            sides = ([live(keys, output / "runs") for keys in wanted], simulated)
+            accuracy = [_spread(100 * np.array([r["test_accuracy"] for r in side])) for side in sides]
+            gradients = [_spread(np.array([r["guided"]["gradients"] for r in side])) for side in sides]
+            stale = [f"{np.mean([r['staleness']['mean'] or 0 for r in side]):.2f}" for side in sides]
+            row = [f"{NAMES[mode][1]}, {ranks} ranks", *accuracy, *gradients, *stale]
+            rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0] + " Resumable; see _runs.py.")
     parser.add_argument("--quick", action="store_true", help="a smoke run on wine, seconds")
     parser.add_argument("--output", type=Path, default=REPO / "benchmarks" / "convergence" / "results" / "guided")
     parser.add_argument("--cells", nargs="*", help="only these")
+    parser.add_argument("--live", action="store_true", help="only set live runs beside simulated ones")
     parser.add_argument("--list", action="store_true", help="print the names of the cells")
     parser.add_argument("--processes", type=int, help="runs at a time (default: the cores; 1 with --quick)")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop starting runs after so long; run again to go on")
@@ -251,6 +272,11 @@ def main() -> None:
     cells = QUICK if args.quick else [c for c in _cells() if not args.cells or c.name in args.cells]
     if args.list:
         print("\n".join(c.name for c in cells))
+        return
+    if args.live:
+        text = _live(args.output)
+        (args.output / "live.md").write_text(f"{text}\n")
+        print(text)
         return
     runner = Runner(args.output / "runs", args.processes or (1 if args.quick else os.cpu_count() or 1), args.minutes)
     table: Table = {}
