@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
     where.add_argument("--qos", help="default: the site's")
     where.add_argument("--nodelist", metavar="NODES", help="these nodes, such as n[1-4]")
     where.add_argument("--exclude", metavar="NODES", help="not these nodes")
-    where.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="one more option of sbatch; repeatable")
+    where.add_argument("--sbatch", action="append", default=[], metavar="=--OPTION", help="one more option of sbatch; repeatable")
     what = parser.add_argument_group("what")
     what.add_argument("--array", metavar="INDICES", help="one run per seed: 0-4, 1,3,5, 0-99%%8 (8 at a time)")
     what.add_argument("--sweep", action="append", default=[], metavar="KEY=V,V", help="one run per value of a flag; repeatable")

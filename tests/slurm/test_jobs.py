@@ -174,3 +174,18 @@ def test_the_environment_is_broadcast(submit: Submit, slurm: Cluster, tmp_path: 
     for host in slurm.hosts.names:
         left = subprocess.run([*slurm.hosts.enter(host), "ls", "/dev/shm"], capture_output=True, text=True)
         assert "hpcasync" not in left.stdout
+
+
+def test_what_slurm_refuses_is_said_and_leaves_no_script(submit: Submit) -> None:
+    for words, says in ((("--nodes", 99), "Requested node configuration"), (("--nodes", 1, "-p", "gone"), "invalid partition")):
+        done = submit.command("--output", "x", *words, "--ranks-per-node", 1, "--", LOOP, "state", 1)
+        assert done.returncode == 2 and done.stderr.count("hpcasync: error:") == 1
+        assert "sbatch refused the job" in done.stderr and says.lower() in done.stderr.lower()
+        assert not (submit.folder / "x" / "job.sh").exists()
+
+
+def test_one_folder_takes_one_job(submit: Submit) -> None:
+    words = ("--output", "x", "--nodes", 1, "--ranks-per-node", 1, "--", LOOP, "state", 1)
+    first, second = submit.command(*words), submit.command(*words)
+    assert first.returncode == 0 and second.returncode == 2
+    assert "x/job.sh exists" in second.stderr and "choose another --output" in second.stderr
