@@ -28,9 +28,11 @@ class _Block:
         params, names = [p for p, _ in named], [n for _, n in named]
         layout = make_layout([p.numel() for p in params])
         (buffer,) = collectives.buffers([layout.total], params[0].dtype, params[0].device)
-        self.host = buffer.numpy()
         self.on_host = params[0].device.type == "cpu"
-        self.flat = FlatParameters(params, names, layout, buffer if self.on_host else buffer.to(params[0].device))
+        self._summed = buffer  # what the backend adds up: in host memory, or the model itself on its GPU
+        self._direct = buffer.device.type != "cpu"
+        self.host = (torch.zeros_like(buffer, device="cpu") if self._direct else buffer).numpy()
+        self.flat = FlatParameters(params, names, layout, buffer.to(params[0].device))
         self.fetch()
         self.anchor = self.host.copy()
         self.velocity = np.zeros_like(self.host)
@@ -41,7 +43,13 @@ class _Block:
         """Bring the model to the host buffer."""
         self.flat.attach()
         if not self.on_host:
-            self.host[:] = self.flat.buffer.cpu().numpy()
+            torch.from_numpy(self.host).copy_(self.flat.buffer)
+
+    def sum(self, collectives: Collectives) -> None:
+        """Replace the host buffer, fetched before, by the sum over the ranks."""
+        collectives.allreduce(self._summed)
+        if self._direct:
+            torch.from_numpy(self.host).copy_(self._summed)
 
     def frozen(self) -> list[tuple[slice, np.ndarray]]:
         """Where the frozen parameters lie in the host buffer, and their values."""
@@ -198,7 +206,7 @@ class KStep(Wrapper):
             for block in self._blocks:
                 block.fetch()
                 frozen = block.frozen()
-                self.collectives.allreduce(block.host)
+                block.sum(self.collectives)
                 self._outer_step(block, plain)
                 block.keep(frozen)
                 block.put_back()

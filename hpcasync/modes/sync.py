@@ -28,11 +28,40 @@ class _Bucket:
         sizes = [t.numel() for t in tensors]
         self.buffer = buffer
         self.grads = grads = self.buffer[: sum(sizes)]
+        self._flags = buffer[sum(sizes) :]
+        self._host_flags = self._flags if buffer.device.type == "cpu" else torch.zeros_like(self._flags, device="cpu")
         # numpy: single elements are read and written ten times faster than through torch
-        self.present, self.nonfinite = np.split(self.buffer[sum(sizes) :].numpy(), [len(sizes)])
+        self.present, self.nonfinite = np.split(self._host_flags.numpy(), [len(sizes)])
         self.views = [v.view(t.shape) for v, t in zip(grads.split(sizes), tensors, strict=True)]
         self.missing = len(params)
         self.pending: Pending | None = None
+        self._copies = torch.cuda.Stream(tensors[0].device) if tensors[0].device != buffer.device else None
+
+    def copy(self, j: int, grad: Tensor) -> None:
+        """Put a gradient into its place: from a GPU to host memory on a stream of its own, beside the computation."""
+        if self._copies is None:
+            self.views[j].copy_(grad)
+            return
+        self._copies.wait_stream(torch.cuda.current_stream(grad.device))
+        with torch.cuda.stream(self._copies):
+            self.views[j].copy_(grad, non_blocking=True)
+        grad.record_stream(self._copies)
+
+    def settle(self) -> None:
+        """Wait for what still moves between the GPU and host memory."""
+        if self._copies is not None:
+            self._copies.wait_stream(torch.cuda.current_stream(self._copies.device))
+            self._copies.synchronize()
+
+    def send_flags(self) -> None:
+        """Bring the flags to where they are summed."""
+        if self._flags is not self._host_flags:
+            self._flags.copy_(self._host_flags)
+
+    def fetch_flags(self) -> None:
+        """Bring the sums of the flags back."""
+        if self._flags is not self._host_flags:
+            self._host_flags.copy_(self._flags)
 
 
 class Sync(Wrapper):
@@ -195,8 +224,10 @@ class Sync(Wrapper):
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._started]
+        bucket.settle()
         if not _finite(bucket.grads):
             bucket.nonfinite[self.world.rank] = 1
+        bucket.send_flags()
         bucket.pending = self.collectives.start_allreduce(bucket.buffer)
         self._started += 1
 
@@ -211,6 +242,7 @@ class Sync(Wrapper):
                 if params[i].grad is not None:
                     _store(bucket, j, params[i])  # from an earlier backward
                 else:
+                    bucket.settle()
                     bucket.views[j].zero_()  # the last mean still lies there
         while self._started < len(self._buckets):
             self._start_next()
@@ -231,6 +263,7 @@ class Sync(Wrapper):
 
     def _hand_out(self, bucket: _Bucket, params: list[Tensor]) -> np.ndarray:
         """Give the bucket's parameters their mean gradient; returns per rank whether its part was not finite."""
+        bucket.fetch_flags()
         if self.world.size > 1:
             bucket.grads.div_(self.world.size)
             if not bucket.nonfinite.any() and not _finite(bucket.grads):
@@ -240,10 +273,8 @@ class Sync(Wrapper):
             p, view = params[i], bucket.views[j]
             if not present[j]:
                 p.grad = None
-            elif p.device.type == "cpu":
-                p.grad = view
             else:
-                p.grad = view.to(p.device)
+                p.grad = view.to(p.device, non_blocking=True)  # the view itself where it lies there
         bucket.missing = len(bucket.params)
         bad = bucket.nonfinite.copy()
         bucket.present[:] = 0
@@ -263,7 +294,7 @@ def _store(bucket: _Bucket, j: int, p: Tensor) -> None:
             f"{tuple(view.shape)}. Convert the model first, then make the optimizer."
         )
     if grad.data_ptr() != view.data_ptr():
-        view.copy_(grad.detach())
+        bucket.copy(j, grad.detach())
     bucket.present[j] = 1
 
 
