@@ -233,6 +233,7 @@ def _differences(path: Path, table: Table) -> None:
             axis.errorbar([a.mean() for a in ahead], y, xerr=errors, fmt="o", ms=4, capsize=2, label=f"at {rival}")
         axis.axvline(0, color="black", lw=0.8)
         axis.set(title=f"{setting} setting", xlabel="guided ahead, points of test accuracy (bars: 2 standard errors)")
+        axis.set_xscale("symlog", linthresh=1)
         axis.set_yticks(range(len(cells)), cells, fontsize="small")
         axis.grid(alpha=0.3, axis="x")
         axis.legend(fontsize="small")
@@ -298,7 +299,7 @@ def main() -> None:
     _write_csv(args.output / "table.csv", table, cells)
     (args.output / "table.md").write_text(f"{_tally(lines)}\n\n{text}\n\n{told}\n")
     _differences(args.output / "differences.png", table)
-    shown = {c.name: c for c in cells if c.base == "sgd" and ("honest", c.name) in table}
+    shown = {c.name: c for c in cells if c.base == "sgd" and c.model != "mlp" and ("honest", c.name) in table}
     learned = {n: table["honest", n] for n in shown}
     curves(
         args.output / "curves.png",
