@@ -1,7 +1,8 @@
-"""The simulator's batched gradients against its naive event loop, one autograd call per gradient: the same run.
+"""The simulator's gradients, computed ahead on all threads, against its naive event loop, one autograd call after the other.
 
-Both sides are the whole event loop: virtual clock, data, gradients, the rule on the store; without evaluation. 32 virtual
-workers on random images of 28 x 28. Times are per gradient.
+Both sides are the whole event loop of the same run: virtual clock, data, gradients, the rule on the store; without evaluation.
+32 virtual workers on random images of 28 x 28. Times are per gradient. ``limit`` is the perceptron's compiled gradient and the
+rule's pass alone, on one thread, over the number of threads: what is left without Python and with perfect overlap.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from _common import Ratio, Report, begin, finish, interleave, make_parser
 
 MODELS = {"mlp": 3.0, "lenet5": 1.0}  # how many times faster than naive it should be at 32 workers
+RULE = {"rule": "asgd", "lr": 0.01}
 COMPUTE = ("constant:1.0", "lognormal:1.0,0.3", "exponential:1.0")
 
 
@@ -51,10 +53,14 @@ def main() -> None:
                             name: side(dataset, model, compute, args.workers, batch, naive=name == "naive")
                             for name in ("batched", "naive")
                         }
+                        ratios = [Ratio("naive", "batched")]
+                        if model == "mlp":
+                            sides["limit"] = limit(dataset, args.workers, batch, number)
+                            ratios.append(Ratio("batched", "limit"))
                         times = interleave(sides, rounds)
-                        target = 1 / MODELS[model] if batch == 32 and compute.startswith("lognormal") else None
+                        target = 1 / MODELS[model] if compute.startswith("lognormal") else None
                         title = {"model": model, "workers": args.workers, "batch": batch, "compute": compute, "threads": number}
-                        report.case(title, times, [Ratio("batched", "naive", target), Ratio("naive", "batched")])
+                        report.case(title, times, [Ratio("batched", "naive", target), *ratios])
     finish(args, "simulator", about, report.rows)
 
 
@@ -66,7 +72,7 @@ def side(dataset, model: str, compute: str, workers: int, batch: int, *, naive: 
     from hpcasync.simulate import make_simulate_config
     from hpcasync.simulate.run import make_simulation
 
-    keys = {"workers": workers, "batch": batch, "compute": compute, "epochs": 1, "rule": "asgd", "lr": 0.01, "naive": naive}
+    keys = {"workers": workers, "batch": batch, "compute": compute, "epochs": 1, **RULE, "naive": naive}
     config = make_simulate_config(keys)
 
     def run() -> float:
@@ -77,6 +83,31 @@ def side(dataset, model: str, compute: str, workers: int, batch: int, *, naive: 
         seconds = time.perf_counter() - began
         simulation.gradients.close()
         return seconds / simulation.updates
+
+    return run
+
+
+def limit(dataset, workers: int, batch: int, threads: int) -> Callable[[], float]:
+    """Compiled gradients and passes of the rule on every worker's copy in turn; seconds per gradient over ``threads``."""
+    from hpcasync import models
+    from hpcasync.simulate import make_simulate_config
+    from hpcasync.simulate.perceptron import Perceptron
+    from hpcasync.simulate.run import make_simulation
+
+    config = make_simulate_config({"workers": workers, "batch": batch, "epochs": 1, **RULE, "naive": True})
+    model = models.build("mlp", dataset.shape, dataset.classes).train()
+    simulation = make_simulation(config, dataset, model)
+    compiled = Perceptron(model, simulation.layout.starts, dataset.as_torch(), 1)
+    rule, state = simulation.stores[0].rule, simulation.stores[0].state
+    hyper, gradient = simulation.hypers(0)[0], np.zeros(simulation.layout.total, np.float32)
+    batches = [np.arange(i * batch, (i + 1) * batch) for i in range(workers)]
+
+    def run() -> float:
+        began = time.perf_counter()
+        for copy, indices in zip(simulation.copies, batches, strict=True):
+            compiled(0, copy, indices, gradient)
+            rule.update(state, 0, gradient, copy, hyper, 1, 0)
+        return (time.perf_counter() - began) / workers / threads
 
     return run
 

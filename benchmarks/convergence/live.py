@@ -12,12 +12,14 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import _data
 import _runs
 import numpy as np
 from scipy.stats import ttest_ind
@@ -53,7 +55,7 @@ def main() -> None:
     if args.quick:
         common: dict[str, Any] = {"data": "digits", "epochs": 1, "batch": 16}
     else:
-        common = {"data": str(_runs.cut("mnist", SAMPLES, TEST_SAMPLES)), "epochs": 3, "batch": 32}
+        common = {"data": str(_data.cut("mnist", SAMPLES, TEST_SAMPLES)), "epochs": 2, "batch": 32}
     common |= {"model": "mlp", "threads": 1}
     runs = [
         _run(args.output / "runs", {**common, **CASES[case], "seed": seed}, case, ranks)
@@ -94,9 +96,9 @@ def _live(folder: Path, keys: dict[str, Any], ranks: int) -> dict[str, Any]:
     if not (folder / "result.json").exists():
         flags = [f"--{k.replace('_', '-')}={v}" for k, v in keys.items()]
         mpiexec = str(Path(sys.executable).with_name("mpiexec"))
-        resume = "--resume=auto" if folder.exists() else None
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut short
         command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "hpcasync", "train", *flags, f"--output={folder}"]
-        done = subprocess.run([*command, *filter(None, [resume])], capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
             sys.exit(done.stderr)
     return dict(json.loads((folder / "result.json").read_text()))
