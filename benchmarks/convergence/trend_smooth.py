@@ -15,10 +15,10 @@ from _recipe import SMALL, Cell, Line, Table, above, below, main
 RUN = {"samples": 12288, "compute": "exponential:1.0", "batch": 32, "epochs": 3, "eval_updates": 120, "eval_every": 99}
 LIVE = {**RUN, "test_samples": 3000}
 GRIDS = {
-    "sgd": (0.02, 0.05, 0.125, 0.3),
-    "momentum": (0.002, 0.005, 0.0125, 0.03),
-    "rmsprop": (2e-4, 5e-4, 1.25e-3, 3e-3),
-    "adam": (2e-4, 5e-4, 1.25e-3, 3e-3),
+    "sgd": (0.008, 0.02, 0.05, 0.125, 0.3),
+    "momentum": (0.0008, 0.002, 0.005, 0.0125, 0.03),
+    "rmsprop": (2e-4, 5e-4, 1.25e-3, 3e-3, 7.5e-3),
+    "adam": (2e-4, 5e-4, 1.25e-3, 3e-3, 7.5e-3),
 }
 WORKERS = (16, 32, 8, 4)
 DEFAULT = "trend-smooth"
