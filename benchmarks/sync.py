@@ -2,8 +2,9 @@
 
 Every side trains its own copy of the same model on the same batch, in blocks in turn; all ranks run the same
 side at the same time. `local` is the same step without averaging: what is above it is the price of
-communication. DistributedDataParallel runs without its broadcast of buffers, since Sync has none; once with
-its defaults, once with `gradient_as_bucket_view=True`, which saves it a copy.
+communication; `Sync, window` averages through the node's shared memory. DistributedDataParallel runs without its
+broadcast of buffers, since Sync has none; once with its defaults, once with `gradient_as_bucket_view=True`,
+which saves it a copy.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def measure(world, report: Report, name: str, rounds: int) -> None:
 
     mine, alone = copy.deepcopy(model), copy.deepcopy(model)
     mode = hpcasync.Sync(sgd(mine), model=mine, world=world)
+    shared = copy.deepcopy(model)
+    window = hpcasync.Sync(sgd(shared), model=shared, world=world, collectives="window")
     warnings.filterwarnings(
         "ignore", "`broadcast_buffers` is deprecated", FutureWarning
     )  # its successor is too new
@@ -96,6 +99,7 @@ def measure(world, report: Report, name: str, rounds: int) -> None:
     works: dict[str, tuple[nn.Module, torch.optim.Optimizer]] = {
         "DDP": (ddp, sgd(ddp)),
         "Sync": (mine, mode),
+        "Sync, window": (shared, window),
         "DDP, gradients are bucket views": (view, sgd(view)),
         "local": (alone, sgd(alone)),
     }
@@ -125,6 +129,8 @@ def measure(world, report: Report, name: str, rounds: int) -> None:
         [
             Ratio("Sync", "DDP", 1.0),
             Ratio("Sync", "DDP, gradients are bucket views"),
+            Ratio("Sync, window", "DDP", 1.0),
+            Ratio("Sync, window", "DDP, gradients are bucket views", 1.0),
             Ratio("Sync", "limit"),
             Ratio("DDP", "limit"),
         ],
@@ -135,6 +141,7 @@ def measure(world, report: Report, name: str, rounds: int) -> None:
     if not same:
         raise SystemExit(f"{name}: Sync and DDP trained different models, the comparison is void")
     mode.close()
+    window.close()
 
 
 if __name__ == "__main__":
