@@ -57,7 +57,6 @@ class Asynchronous(Simulation):
         self._anchor = self.stores[0].state[0].copy()
         self._velocity, self._sum = np.zeros(total, np.float32), np.zeros(total, np.float32)
         self._recorded = self.cluster.recording is not None and not alone
-        self._waits = self._bound is not None or self.rule.in_turn
         self._since = 0  # pushes since the last average
         self._pushes = 0
         self._budget = config.epochs * self.steps_per_epoch * config.workers if config.free_running else -1
@@ -110,11 +109,9 @@ class Asynchronous(Simulation):
         self.gradients.request(worker.index, worker.replays[0] if worker.replays else worker.batches[worker.step], when)
 
     def _messages(self, worker: Virtual) -> tuple[float, float]:
-        """Seconds that the push will travel and that what was read has travelled; as recorded, where they were."""
+        """Seconds that the push will travel and that what was read has travelled; as recorded, waits with it, where they were."""
         if self._recorded:
-            times = worker.times
-            # Waits for turns and for slower workers come about by themselves; others are for locks.
-            return times.communicate + (0.0 if self._waits else times.wait), 0.0
+            return worker.times.communicate + worker.times.wait, 0.0
         return self._transfer_at(worker, 0), self._transfer_at(worker, -1)
 
     def _transfer_at(self, worker: Virtual, ahead: int) -> float:
