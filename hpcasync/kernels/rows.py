@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from hpcasync.kernels.atomic import load_word, put
 
 BLOCK = 2048
 """Elements that are summed at a time: they stay in the first-level cache until they are written to every row."""
@@ -27,38 +25,17 @@ LINE = DESCRIBED + DEPTH * DESCRIPTION
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 
 
-@intrinsic
-def _load_acquire(typing_context: Any, address: Any) -> Any:
-    """The int64 at ``address``; what its writer wrote before it is seen too."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), build
-
-
-@intrinsic
-def _store_release(typing_context: Any, address: Any, value: Any) -> Any:
-    """Write the int64 at ``address`` after everything that this thread wrote before."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], builder.inttoptr(args[0], ir.IntType(64).as_pointer()), "release", 8)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), build
-
-
 @njit(**_OPTIONS)
 def announce(words: np.ndarray, me: int, word: int, value: int) -> None:
     """Tell the others that this process's counter ``word`` is now ``value``."""
-    _store_release(words.ctypes.data + 8 * (me * words.shape[1] + word), value)
+    put(words.reshape(-1), me * words.shape[1] + word, value)
 
 
 @njit(**_OPTIONS)
 def reached(words: np.ndarray, word: int, value: int) -> bool:
     """Whether the counter ``word`` of every process is at least ``value``."""
     for r in range(words.shape[0]):  # noqa: SIM110 (numba has no all())
-        if _load_acquire(words.ctypes.data + 8 * (r * words.shape[1] + word)) < value:
+        if load_word(words.ctypes.data + 8 * (r * words.shape[1] + word)) < value:
             return False
     return True
 
