@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hpcasync.comm import World, init
     from hpcasync.errors import UsageError
     from hpcasync.modes import Async, Guided, KStep, Sync
+    from hpcasync.train.checkpoint import load_checkpoint, save_checkpoint
 
 _HOMES = {
     "Async": "hpcasync.modes",
@@ -24,10 +25,15 @@ _HOMES = {
     "UsageError": "hpcasync.errors",
     "World": "hpcasync.comm",
     "init": "hpcasync.comm",
+    "load_checkpoint": "hpcasync.train.checkpoint",
+    "save_checkpoint": "hpcasync.train.checkpoint",
 }
 _MODULES = ("data", "models", "rules")
 
-__all__ = ["Async", "Guided", "KStep", "Sync", "UsageError", "World", "data", "init", "models", "rules"]
+__all__ = [
+    "Async", "Guided", "KStep", "Sync", "UsageError", "World", "data", "init", "load_checkpoint", "models", "rules",
+    "save_checkpoint",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

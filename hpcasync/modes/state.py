@@ -99,7 +99,9 @@ def rank_state(mode: Mode, clock: int) -> dict[str, Any]:
     if isinstance(mode, Wrapper):
         return own | {"parameters": {n: p.detach() for n, p in named_parameters(mode).items()}, "optimizer": mode.state_dict()}
     assert isinstance(mode, Async)
-    worker, private = mode._worker, mode.rule.private_vectors
+    worker = mode._worker
+    # Across nodes the vectors of the rules without own copies stand where they are used, at the shards' owners.
+    private = mode.rule.private_vectors[: len(worker.private)]
     return own | {
         "copy": _by_name(mode, mode._out) if mode.rule.own_copy else {},
         "private": {v.name: _by_name(mode, worker.private[row]) for row, v in enumerate(private)},
@@ -154,10 +156,12 @@ def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str,
     store.barrier()
     store.restart(mode._worker)
     private = rule.private_vectors
+    complete = len(own["private"]) == len(private) == len(mode._worker.private)
+    complete = same and all(mode.world.gather(complete))
     state = versions = None
     if rank == 0:
         # Shared vectors that mean nothing without the workers' own start anew with them.
-        keep = {v.name for v in rule.vectors if v.saved or same}
+        keep = {v.name for v in rule.vectors if v.saved or complete}
         state = np.zeros((1 + len(rule.vectors), store.layout.total), np.float32)
         _fill(mode, state[0], shared["model"])
         for row, v in enumerate(rule.vectors, start=1):
@@ -167,13 +171,14 @@ def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str,
         versions = shared["versions"].tolist()
     versions = mode.world.gather(versions)[0]
     store.install(state, versions)
-    if same and rank == 0 and store.notes.shape == shared["notes"].shape:
+    if complete and rank == 0 and store.notes.shape == shared["notes"].shape:
         store.notes[:] = shared["notes"]
     worker = mode._worker
-    if same:
+    if complete:
         for row, v in enumerate(private):
             _fill(mode, worker.private[row], own["private"][v.name])
         worker.pushed[:] = own["pushed"]
+    if same:
         worker.steps = own["pushes"]
         store.set_clock(rank, own["clock"])
         store.set_excused(rank, own["excused"])
@@ -187,8 +192,9 @@ def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str,
     store.barrier()
     for name, count in own["counts"].items():
         setattr(mode, name, count)
-    gone = [v.name for v in private] + (["the workers' copies"] if rule.own_copy else [])
-    return () if same or not gone else (f"{', '.join(gone)} of rule {rule.name}",)
+    gone = [] if complete else [v.name for v in private]
+    gone += ["the workers' copies"] if rule.own_copy and not same else []
+    return (f"{', '.join(gone)} of rule {rule.name}",) if gone else ()
 
 
 def _by_name(mode: Async, row: np.ndarray) -> dict[str, np.ndarray]:

@@ -81,7 +81,9 @@ class Keeper:
         if run.world.rank == 0:
             text = f"resumed from {source.path}: epoch {run.epoch}, step {run.step}"
             if source.ranks != run.world.size:
-                text += f"; made by {source.ranks} ranks, now {run.world.size}. Reset: {'; '.join(self.reset)}"
+                text += f"; made by {source.ranks} ranks, now {run.world.size}"
+            if self.reset:
+                text += f". Reset: {'; '.join(self.reset)}"
             print(f"hpcasync: {text}", file=sys.stderr, flush=True)
 
     def _meet(self, due: bool, end: bool = False) -> Decision:
