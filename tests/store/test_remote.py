@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
+
+from hpcasync.store import IDLE, make_layout, shard_size
+from hpcasync.store.placement import Segment, place
+from hpcasync.store.words import decode, encode, whole
 from tests.hosts import HostsRun
 from tests.mpi import MpiRun
 
@@ -94,7 +100,7 @@ for rule in RULES:
     store.publish(start())
     worker, out = store.worker(me), start()
     hypers = [rule.hyper(rule.group_options())] * len(store.layout.sizes)
-    turns = turns_of(P)
+    turns = turns_of(P)[: 4 * P]
     for step, rank in turns:
         if rank == me:
             assert store.may_push(worker)
@@ -128,6 +134,19 @@ for bound in (0, 3):
 """
 
 
+LIBRARY = """
+# Progress left to the library: here a barrier, in which every rank is in MPI, serves.
+store, worker, grads, hypers, out = counting([40, 50], 16, progress="library")
+for i in range(3):
+    store.push_pull(worker, grads, out, hypers)
+store.barrier()
+store.pull(worker, out)
+assert values(store, out) == [{3.0 * P}] * len(store.layout.shards)
+store.barrier()
+store.close()
+"""
+
+
 def run(mpirun: MpiRun, n: int, nodes: int, body: str, timeout: float = 150, **options: object) -> None:
     head = HEAD.replace("NODES", str(nodes))
     done = mpirun(head + body + "\nprint('done', flush=True)\n", n, timeout=timeout, **options)  # type: ignore[arg-type]
@@ -140,3 +159,58 @@ def test_two_hosts(two_hosts: HostsRun) -> None:
 
 def test_two_hosts_taking_turns(two_hosts: HostsRun) -> None:
     run(two_hosts, 4, 2, TURNS)
+
+
+def test_four_hosts(four_hosts: HostsRun) -> None:
+    run(four_hosts, 8, 4, COUNTS)
+
+
+# Only MPICH can tell the ranks of one machine that they are on different nodes.
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_every_rank_a_node(mpirun: MpiRun) -> None:
+    run(mpirun, 4, 4, COUNTS + READER + BOUND + LIBRARY, env={"MPIR_CVAR_NOLOCAL": "1"})
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_every_rank_a_node_taking_turns(mpirun: MpiRun) -> None:
+    run(mpirun, 3, 3, TURNS, env={"MPIR_CVAR_NOLOCAL": "1"})
+
+
+def test_words_show_that_they_are_half_written() -> None:
+    for number in (0, 1, 77, 1 << 30, IDLE):
+        word = encode(number)
+        assert decode(np.array([word])).tolist() == [number] and whole(word)
+    old, new = (np.array([encode(n)]).tobytes() for n in (0x01020304, 0x05060708))
+    for cut in range(1, 8):
+        for torn in (old[:cut] + new[cut:], new[:cut] + old[cut:]):
+            word = np.frombuffer(torn, np.int64)
+            assert not whole(word[0]) and decode(word).tolist() == [-1]
+
+
+def test_every_node_has_shards_where_there_are_enough() -> None:
+    layout = make_layout([100, 1000, 3], 64)
+    nodes = [0, 0, 1, 2, 2, 2]
+    ports = place(layout, list(enumerate(nodes)), nodes)
+    assert {p.node for p in ports} == {0, 1, 2}
+    assert [p.shards[0] for p in ports] + [len(layout.shards)] == [0] + [p.shards[1] for p in ports]
+    assert [p.start for p in ports] + [layout.total] == [0] + [p.stop for p in ports]
+    assert all(p.senders == tuple(w for w, node in enumerate(nodes) if node != p.node) for p in ports)
+    for port in ports:
+        own = port.layout(layout)
+        assert own.total == port.stop - port.start and len(own.shards) == port.shards[1] - port.shards[0]
+        assert own.shards[0].start == 0 and own.shards[-1].stop == own.total
+    sizes = [1000, 24]
+    assert len(make_layout(sizes, shard_size(sizes, 8)).shards) == 8
+    few = place(make_layout([16]), list(enumerate(nodes)), nodes)
+    assert len(few) == 1
+
+
+def test_segments_do_not_overlap() -> None:
+    segment = Segment((16, 48, 32), senders=3, params=5, rows=4, private=1, workers=7)
+    names = list(segment.offsets)
+    assert all(offset % 64 == 0 for offset in segment.offsets.values())
+    blocks = [segment.block(s, k) for s in range(3) for k in range(3)]
+    assert np.diff(blocks).tolist() == [4 * n + 64 for n in (16, 48, 32)] * 2 + [4 * 16 + 64, 4 * 48 + 64]
+    assert blocks[-1] + 4 * 32 + 64 == segment.offsets["outs"]
+    assert segment.out(2, 96) == segment.offsets["privates"] and names[-1] == "end"
+    assert segment.offsets["end"] - segment.offsets["state"] == 4 * 4 * 96
