@@ -170,7 +170,7 @@ class Rule:
 
     @property
     def private_vectors(self) -> tuple[Vector, ...]:
-        """The vectors that each worker has for itself; the store keeps them in its ``Worker``. They are not saved."""
+        """The vectors that each worker has for itself; the store keeps them in its ``Worker``, a checkpoint too."""
         return ()
 
     def modifier_vectors(self) -> tuple[Vector, ...]:
