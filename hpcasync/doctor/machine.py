@@ -36,7 +36,7 @@ def check_nodes(world: World) -> list[Line]:
             remedy = "start ranks on all of them (srun without -N or -n; mpiexec -n $SLURM_NTASKS), or ask for fewer"
             return [warn("node map", f"{found}; the allocation has {len(nodes)}: {allocated}", remedy)]
     if world.nodes > len(names):
-        remedy = "a container, or a setting such as MPIR_CVAR_NOLOCAL, keeps them from sharing memory: leave it out, unless it is a test"
+        remedy = "a container, or MPIR_CVAR_NOLOCAL, keeps ranks from sharing memory: leave it out unless it is meant"
         return [warn("node map", f"{found}, but only {len(names)} host name{'s' * (len(names) > 1)}", remedy)]
     if len(set(counts.values())) > 1:
         return [warn("node map", found, "unequal ranks per node: the fuller nodes are slower; give each as many")]
