@@ -48,7 +48,7 @@ def check_run(path: Path, facts: dict[str, Any], config: TrainConfig, dataset: D
         raise UsageError(f"checkpoint {path} is of a script, not of hpcasync train; load it with hpcasync.load_checkpoint")
     saved, mine = facts["config"], json.loads(json.dumps(config.keys()))
     free = {*FREE} - ({"epochs"} if config.schedule != "constant" else set())
-    for key in dict.fromkeys([*saved, *mine]):
+    for key in dict.fromkeys(["mode", "rule", "base", *saved, *mine]):  # what others follow from comes first
         if key not in free and saved.get(key) != mine.get(key):
             raise UsageError(
                 f"checkpoint {path} is of a run with {_flag(key, saved.get(key))}, now it is {_flag(key, mine.get(key))}; "

