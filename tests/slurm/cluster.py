@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from tests.hosts import LOGIN, SUBNET, Hosts
 
@@ -77,12 +76,12 @@ class Cluster:
         return env | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SBIN}
 
     def run(
-        self, command: Sequence[str | Path], *, check: bool = True, env: Mapping[str, str] | None = None, **options: Any
+        self, command: Sequence[str | Path], *, check: bool = True, env: Mapping[str, str] | None = None, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on the login host; ``check`` raises RuntimeError with its output when it fails."""
         words = [*self.hosts.enter("login"), *map(str, command)]
         full = self.env | dict(env or {})
-        done = subprocess.run(words, env=full, capture_output=True, text=True, timeout=options.pop("timeout", 60), **options)
+        done = subprocess.run(words, env=full, capture_output=True, text=True, timeout=timeout)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(words)}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done

@@ -83,8 +83,8 @@ class Submit:
         lane = lane or require_lane("mpich")
         env = {**COMMON_ENV, **lane.env, "PYTHONPATH": str(REPO)}
         del env["OMP_NUM_THREADS"]  # the script's own
-        command = [*lane.cli, "submit", *map(str, words)]
-        return self.slurm.run(command, env=env, check=False, cwd=self.folder)
+        command = ["env", "-C", self.folder, *lane.cli, "submit", *map(str, words)]
+        return self.slurm.run(command, env=env, check=False)
 
 
 @pytest.fixture

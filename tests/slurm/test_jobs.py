@@ -80,7 +80,7 @@ def _went_on(job: Submitted, slurm: Cluster) -> None:
     """The job stopped for a signal, was queued again, went on from its last step, and counted nothing twice."""
     assert job.wait() == "COMPLETED", job.output()
     out = job.output()
-    stopped = re.search(r"stop at (\d+) for \[10", out)
+    stopped = re.search(r"stop at (\d+) for \[1[05]", out)  # SIGUSR1 or SIGTERM
     assert stopped is not None, out
     assert f"start at {stopped[1]} on" in out and "restart 1" in out
     assert f"done at 60 total {TOTAL}" in out
@@ -96,14 +96,25 @@ def _warn(slurm: Cluster, job: Submitted) -> None:
     slurm.run(["scancel", "--batch", "--signal=USR1", str(job.number)])
 
 
+def _term_the_ranks(slurm: Cluster, job: Submitted) -> None:
+    """All that a preemption does where the site has no preempt_send_user_signal: the script is told nothing."""
+    slurm.run(["scancel", "--signal=TERM", str(job.number)])
+
+
 @pytest.mark.parametrize(
     "lane_name, launcher, how",
-    [("mpich", "srun", _preempt), ("openmpi", "srun", _warn), ("mpich", "mpiexec", _warn), ("openmpi", "mpiexec", _warn)],
+    [
+        ("mpich", "srun", _preempt),
+        ("mpich", "srun", _term_the_ranks),
+        ("openmpi", "srun", _warn),
+        ("mpich", "mpiexec", _warn),
+        ("openmpi", "mpiexec", _warn),
+    ],
 )
 def test_checkpoint_requeue_resume(
     submit: Submit, slurm: Cluster, lane_name: str, launcher: str, how: Callable[[Cluster, Submitted], None]
 ) -> None:
-    """A preemption by a higher partition, and the signal alone, which every launcher must pass on to every rank."""
+    """A preemption by a higher partition, and the signals alone, which every launcher must pass on to every rank."""
     if (lane_name, launcher) == ("openmpi", "srun"):
         _require_pmix()
     job = _after_its_start(submit, launcher=launcher, lane=require_lane(lane_name))
@@ -157,17 +168,20 @@ def test_a_failing_rank_fails_the_job(submit: Submit, tmp_path: Path, lane_name:
     assert job.facts["Restarts"] == "0"
 
 
+def _small_environment(venv: Path) -> Lane:
+    """A virtual environment that borrows the MPICH lane's packages: quick to make, to pack and to send."""
+    lane = require_lane("mpich")
+    subprocess.run([lane.python, "-m", "venv", "--without-pip", venv], check=True)
+    packages = "lib/python*/site-packages"
+    (next(venv.glob(packages)) / "borrowed.pth").write_text(f"{next(lane.prefix.glob(packages))}\n")
+    return Lane("mpich", venv, env={"MPI4PY_LIBMPI": str(lane.prefix / "lib" / "libmpi.so.12")})
+
+
 def test_the_environment_is_broadcast(submit: Submit, slurm: Cluster, tmp_path: Path) -> None:
     """A virtual environment, to each node's own /dev/shm, from which the ranks then run; nothing stays there."""
-    lane = require_lane("mpich")
-    venv = tmp_path / "venv"
-    subprocess.run([lane.python, "-m", "venv", "--without-pip", venv], check=True)
-    packages = next((venv / "lib").glob("python*")) / "site-packages"
-    purelib = subprocess.run([lane.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True)
-    (packages / "borrowed.pth").write_text(purelib.stdout.decode())
+    own = _small_environment(tmp_path / "venv")
     site = tmp_path / "site.toml"
     site.write_text('description = "disks"\nlocal = "/dev/shm"\nbroadcast = true\n')
-    own = Lane("mpich", venv, env={"MPI4PY_LIBMPI": str(lane.prefix / "lib" / "libmpi.so.12")})
     job = submit("--site", site, "--nodes", 2, "--ranks-per-node", 1, "--", LOOP, tmp_path / "state", 3, lane=own)
     assert job.wait() == "COMPLETED", job.output()
     assert f"python /dev/shm/hpcasync-{job.number}/bin/python" in job.output()
@@ -176,9 +190,19 @@ def test_the_environment_is_broadcast(submit: Submit, slurm: Cluster, tmp_path: 
         assert "hpcasync" not in left.stdout
 
 
+def test_a_broadcast_that_fails_ends_the_job(submit: Submit, tmp_path: Path) -> None:
+    """Ranks must not start from the half of an environment."""
+    site = tmp_path / "site.toml"
+    site.write_text('description = "no disk"\nlocal = "/proc"\n')
+    flags = ("--site", site, "--broadcast", "--nodes", 1, "--ranks-per-node", 1)
+    job = submit(*flags, "--", LOOP, tmp_path / "state", 3, lane=_small_environment(tmp_path / "venv"))
+    assert job.wait() == "FAILED" and job.facts["ExitCode"] == "1:0"
+    assert "could not be broadcast to /proc/hpcasync-" in job.output() and "start at" not in job.output()
+
+
 def test_what_slurm_refuses_is_said_and_leaves_no_script(submit: Submit) -> None:
-    for words, says in ((("--nodes", 99), "Requested node configuration"), (("--nodes", 1, "-p", "gone"), "invalid partition")):
-        done = submit.command("--output", "x", *words, "--ranks-per-node", 1, "--", LOOP, "state", 1)
+    for flag, says in (("--sbatch=--gpus-per-node=9", "Requested node configuration"), ("--partition=gone", "invalid partition")):
+        done = submit.command("--output", "x", "--nodes", 1, flag, "--ranks-per-node", 1, "--", LOOP, "state", 1)
         assert done.returncode == 2 and done.stderr.count("hpcasync: error:") == 1
         assert "sbatch refused the job" in done.stderr and says.lower() in done.stderr.lower()
         assert not (submit.folder / "x" / "job.sh").exists()
