@@ -52,7 +52,7 @@ def _scaling(workers: int) -> Cell:
 def _delay(delay: int) -> Cell:
     data = {"data": "mnist", "samples": 12000, "test_samples": 3000, "model": SMALL, "epochs": 4, "eval_updates": 120}
     common = {**data, "eval_every": 99, "workers": 1, "batch": GLOBAL_BATCH, "delay": delay}
-    return Cell(f"mnist, small, delay {delay}", common, ASYNC, (1e-4, *GRID))
+    return Cell(f"mnist, small, delay {delay}", common, ASYNC, (*GRID, 6.25e-3))
 
 
 CELLS = [*(_delay(d) for d in DELAYS), *(_scaling(p) for p in (10, 1, 20, 4))]
