@@ -180,3 +180,25 @@ def test_a_finished_run_resumed_gives_its_result_again_and_more_epochs_go_on(mpi
     other = result_of(mpirun.cli(["train", "--mode", "sync", "--json", "--epochs", "4", "--resume", "run"], 2).stdout)
     assert other["resumed_from"] == str(newest(mpirun.folder / "run").relative_to(mpirun.folder))
     assert len(list(mpirun.folder.glob("runs/*/result.json"))) == 1
+
+
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+job = subprocess.Popen(sys.argv[2:])
+while not os.path.exists("run/checkpoint-000001.h5") and job.poll() is None:
+    time.sleep(0.05)
+job.send_signal(getattr(signal, sys.argv[1]))
+print("CODE", job.wait())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_to_mpiexec_reaches_the_ranks(mpirun: MpiRun, name: str) -> None:
+    lane = mpirun.lane
+    if lane.name != "mpich" and name == "SIGTERM":
+        pytest.skip("what Open MPI's mpiexec does with SIGTERM has not been measured; Slurm sends it to the ranks")
+    train = ["train", "--mode", "async", "--epochs", "4000", "--eval-every", "4000", "--checkpoint-every", "20"]
+    command = [lane.mpiexec, *lane.flags, "-n", "2", *lane.cli, *train, "--output", "run"]
+    done = mpirun(LAUNCHER, None, args=[name, *command], timeout=120)
+    assert "CODE 75" in done.stdout and f"stopped by {name}" in done.stderr
+    assert not (mpirun.folder / "run" / "run.lock").exists()
