@@ -13,6 +13,8 @@ from tests import hosts
 from tests.hosts import HostsRun
 from tests.mpi import Lane, MpiRun
 
+pytestmark = pytest.mark.timeout(300)
+
 CHECKS = ["MPI", "thread level", "launcher", "node map", "oversubscription", "devices", "shared memory", "windows"]
 CHECKS += [
     "lost updates",

@@ -123,6 +123,7 @@ def test_checkpoint_requeue_resume(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_time_limit(submit: Submit, slurm: Cluster) -> None:
     """Slurm's shortest limit is a minute; its signal may come up to a minute early."""
     job = submit(

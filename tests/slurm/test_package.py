@@ -31,7 +31,7 @@ def test_the_wheel_of_an_sdist_has_sites_and_template(tmp_path: Path) -> None:
 
     backend = "from setuptools import build_meta; print(build_meta.build_{}({!r}))"
     sdist = run("-c", backend.format("sdist", str(tmp_path)), cwd=tree).split()[-1]
-    shutil.unpack_archive(tmp_path / sdist, tmp_path, filter="data")
+    shutil.unpack_archive(tmp_path / sdist, tmp_path)
     unpacked = tmp_path / sdist.removesuffix(".tar.gz")
     wheel = run("-c", backend.format("wheel", str(tmp_path)), cwd=unpacked).split()[-1]
     shutil.unpack_archive(tmp_path / wheel, tmp_path / "installed", "zip")

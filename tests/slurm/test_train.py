@@ -11,6 +11,8 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Submit
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # torch is imported up to twelve times in a test
+
 TRAIN = ("--", "train", "--data", "digits", "--model", "mlp")
 
 
@@ -18,7 +20,6 @@ def _result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-@pytest.mark.slow
 def test_a_preempted_job_comes_to_the_same_result(submit: Submit, slurm: Cluster) -> None:
     """Two nodes, preempted by a higher partition in the middle; against the same job left alone."""
     flags = ("--nodes", 2, "--ranks-per-node", 2, *TRAIN, "--mode", "sync", "--epochs", 20, "--base", "adam", "--lr", 0.001)
@@ -39,7 +40,6 @@ def test_a_preempted_job_comes_to_the_same_result(submit: Submit, slurm: Cluster
     assert epochs == list(range(1, 21))
 
 
-@pytest.mark.slow
 def test_an_array_trains_one_seed_per_element(submit: Submit) -> None:
     job = submit("--nodes", 1, "--ranks-per-node", 1, "--array", "1,4", *TRAIN, "--mode", "kstep", "--epochs", 1)
     job.slurm.until(lambda: not job.slurm.run(["squeue", "-h", "-j", str(job.number)], check=False).stdout, "end", 120)
@@ -48,7 +48,6 @@ def test_an_array_trains_one_seed_per_element(submit: Submit) -> None:
     assert results[1]["test_loss"] != results[4]["test_loss"]
 
 
-@pytest.mark.slow
 def test_a_wrong_process_manager_is_refused(submit: Submit, slurm: Cluster) -> None:
     """`--mpi=none` starts two trainings of one rank each, which would both write to the same folder."""
     job = submit("--nodes", 1, "--ranks-per-node", 2, "--mpi", "none", *TRAIN)
@@ -63,7 +62,6 @@ def test_a_wrong_process_manager_is_refused(submit: Submit, slurm: Cluster) -> N
     assert not (submit.folder / "x").exists()
 
 
-@pytest.mark.slow
 def test_the_doctor_sees_what_a_job_gets(submit: Submit) -> None:
     job = submit("--nodes", 2, "--ranks-per-node", 1, "--", "doctor", "--json")
     assert job.wait() == "COMPLETED", job.output()
