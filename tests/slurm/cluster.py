@@ -108,9 +108,11 @@ class Cluster:
         return state
 
     def until(self, test: Callable[[], bool], what: str, timeout: float = 30, more: Callable[[], str] = str) -> None:
-        """Wait until ``test()``; TimeoutError names ``what`` and the ends of the daemons' logs."""
+        """Wait until ``test()``; TimeoutError, or RuntimeError when a daemon has ended, with ``what`` and the daemons' logs."""
         end = time.monotonic() + timeout
         while not test():
+            if self._ended():
+                raise RuntimeError(f"no {what}: {', '.join(self._ended())} ended\n{self._logs()}")
             if time.monotonic() > end:
                 raise TimeoutError(f"no {what} after {timeout} s; {more()}\n{self._logs()}")
             time.sleep(0.1)
@@ -169,8 +171,10 @@ class Cluster:
 
     def _logs(self) -> str:
         texts = [f"-- {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in sorted(self.folder.glob("*.out"))]
-        dead = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
-        return "\n".join([f"ended: {', '.join(dead) or 'none'}", *texts])
+        return "\n".join(texts)
+
+    def _ended(self) -> list[str]:
+        return [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
 
     # Stop.
 
