@@ -49,13 +49,21 @@ def _scaling(workers: int) -> Cell:
     return Cell(f"mnist, lenet5, P={workers}", {**data, **_machine(workers)}, methods, GRID)
 
 
-def _delay(delay: int) -> Cell:
-    data = {"data": "mnist", "samples": 12000, "test_samples": 3000, "model": SMALL, "epochs": 4, "eval_updates": 120}
+def _delay(delay: int, epochs: int = 4) -> Cell:
+    data = {
+        "data": "mnist",
+        "samples": 12000,
+        "test_samples": 3000,
+        "model": SMALL,
+        "epochs": epochs,
+        "eval_updates": 30 * epochs,
+    }
     common = {**data, "eval_every": 99, "workers": 1, "batch": GLOBAL_BATCH, "delay": delay}
-    return Cell(f"mnist, small, delay {delay}", common, ASYNC, (*GRID, 6.25e-3))
+    name = "mnist, small" if epochs == 4 else f"{epochs} epochs, mnist, small"
+    return Cell(f"{name}, delay {delay}", common, ASYNC, (6.4e-5, 1.6e-4, *GRID, 6.25e-3) if epochs == 4 else (1.6e-4, *GRID[:2]))
 
 
-CELLS = [*(_delay(d) for d in DELAYS), *(_scaling(p) for p in (10, 1, 20, 4))]
+CELLS = [*(_delay(d) for d in DELAYS), *(_delay(d, 16) for d in (100, 400)), *(_scaling(p) for p in (10, 1, 20, 4))]
 _TOY = {"data": "digits", "samples": 640, "model": "mlp", "epochs": 2}
 QUICK = [
     Cell(f"mnist, lenet5, P={p}", {**_TOY, **_machine(p)}, {
@@ -97,6 +105,8 @@ def extra(table: Table, cells: Sequence[Cell], folder: Path) -> str:
         if cell.name not in table:
             continue
         delayed = "delay" in cell.common
+        if delayed and cell.common["epochs"] != 4:
+            continue
         x = 1 + int(cell.common["delay"]) if delayed else int(cell.common["workers"])
         for m, s in table[cell.name].items():
             panel = "small perceptron, one worker, by 1 + delay" if delayed else "LeNet-5, by workers"

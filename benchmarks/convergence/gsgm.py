@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
     "discard": {"rule": "gsgm", "momentum": 0.5, "out_of_turn": "discard"},
     "adam in place of momentum": {"rule": "gsgm", "base": "adam", "scale": 0.02},
 }
-GRID = (0.0032, 0.008, 0.02, 0.05)
+GRID = (0.00128, 0.0032, 0.008, 0.02, 0.05)
 PARTITIONS = ("shards:1", "dirichlet:0.1", "shards:2", "dirichlet:0.5")
 
 
@@ -57,6 +57,17 @@ CELLS = [
     for partition in PARTITIONS
     for workers in (10, 30)
 ]
+# More rounds where 2400 pushes are only 80 of them.
+LONG = {m: METHODS[m] for m in ("asgd", "momentum asgd", "gsgm, mu 0", "gsgm, mu 0.5")}
+CELLS.append(
+    Cell(
+        "8 epochs, fashion-mnist, shards:1, P=30",
+        {**_common(30, "shards:1"), "epochs": 8, "eval_updates": 299},
+        LONG,
+        GRID[1:4],
+        ("fashion-mnist, shards:1, 8 epochs", 30),
+    )
+)
 CELLS.append(Cell("options, fashion-mnist, shards:1, P=10", _common(10, "shards:1"), OPTIONS, GRID))
 QUICK = [
     Cell(
