@@ -122,6 +122,19 @@ def test_checkpoint_requeue_resume(
     _went_on(job, slurm)
 
 
+def test_a_signal_before_there_are_handlers(submit: Submit, slurm: Cluster) -> None:
+    """It ends the ranks, as it would while Python starts; the job begins again all the same."""
+    program = submit.folder / "early.py"
+    program.write_text(
+        "import os, time\nprint('early', flush=True)\ntime.sleep(0 if 'SLURM_RESTART_COUNT' in os.environ else 60)\n"
+    )
+    job = submit("--nodes", 1, "--ranks-per-node", 2, "--", program)
+    job.wait_for("early")
+    _warn(slurm, job)
+    assert job.wait() == "COMPLETED", job.output()
+    assert job.facts["Restarts"] == "1" and "requeued, restart 1" in job.output()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_time_limit(submit: Submit, slurm: Cluster) -> None:

@@ -14,11 +14,6 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --mail-type=END
 
-setup='/home/me/my modules.sh'
-source "$setup" || { echo "hpcasync: $setup ended with exit status $?" >&2; exit 1; }
-export OMP_NUM_THREADS="6"
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from the allocation
-
 # Exit code 75 means: a checkpoint is written, start me again. 138 and 143: the signal came before the ranks could catch it.
 script='/scratch/a run'"'"'s/job.sh' asked= pid= restarts=${SLURM_RESTART_COUNT:-0}
 pass_on() {
@@ -48,6 +43,11 @@ finish() {
     fi
     exit "$code"
 }
+
+setup='/home/me/my modules.sh'
+source "$setup" || { echo "hpcasync: $setup ended with exit status $?" >&2; exit 1; }
+export OMP_NUM_THREADS="6"
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from the allocation
 
 python=/opt/env/bin/python3
 # The environment goes to each node's own disk: thousands of ranks reading it from a shared file system take minutes.

@@ -9,7 +9,6 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 
-
 # Exit code 75 means: a checkpoint is written, start me again. 138 and 143: the signal came before the ranks could catch it.
 script=/scratch/run/job.sh asked= pid= restarts=${SLURM_RESTART_COUNT:-0}
 pass_on() {
@@ -38,6 +37,7 @@ finish() {
     fi
     exit "$code"
 }
+
 
 python=/opt/env/bin/python3
 

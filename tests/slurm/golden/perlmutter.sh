@@ -14,13 +14,6 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 
-export OMP_NUM_THREADS="16"
-export MPICH_GPU_SUPPORT_ENABLED="0"
-export MPICH_OFI_NIC_POLICY="NUMA"
-export NCCL_SOCKET_IFNAME="hsn"
-export GLOO_SOCKET_IFNAME="hsn0"
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from the allocation
-
 # Exit code 75 means: a checkpoint is written, start me again. 138 and 143: the signal came before the ranks could catch it.
 script=/scratch/run/job.sh asked= pid= restarts=${SLURM_RESTART_COUNT:-0}
 pass_on() {
@@ -49,6 +42,13 @@ finish() {
     fi
     exit "$code"
 }
+
+export OMP_NUM_THREADS="16"
+export MPICH_GPU_SUPPORT_ENABLED="0"
+export MPICH_OFI_NIC_POLICY="NUMA"
+export NCCL_SOCKET_IFNAME="hsn"
+export GLOO_SOCKET_IFNAME="hsn0"
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not take it from the allocation
 
 python=/opt/env/bin/python3
 
