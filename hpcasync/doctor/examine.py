@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,14 +43,16 @@ def examine(folder: Path, tell: Told = lambda line: None, stuck: Callable[[], No
                 fail(
                     name,
                     f"no end after {SECONDS:.0f} s",
-                    "the check before the last line hangs: look at that library and its network",
+                    "it hangs in a library or its network: look at what the last ok line leaves",
                 )
             ]
         )
         if first:
             stuck()
+        else:
+            time.sleep(SECONDS / 10)  # the launcher ends rank 0 with us: let it speak
         sys.stdout.flush()
-        os._exit(1)  # the launcher ends the other ranks
+        os._exit(1)
 
     add(check_launch())
     if worst(lines) == "fail":
@@ -57,7 +60,7 @@ def examine(folder: Path, tell: Told = lambda line: None, stuck: Callable[[], No
     try:
         world = init()
     except UsageError as error:
-        add([fail("start", str(error), "")])
+        add([fail("start", str(error), "see the message")])
         return lines
     first = world.rank == 0
     for name, check in _checks(folder).items():
@@ -99,4 +102,4 @@ def _run(world: World, name: str, check: Callable[[World], list[Line]]) -> list[
         else:
             raise
     problems = [p for p in world.gather(problem) if p is not None]
-    return [fail(name, problems[0], "")] if problems else found
+    return [fail(name, problems[0], "see the message; if it does not help, please report it")] if problems else found

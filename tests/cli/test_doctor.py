@@ -168,6 +168,23 @@ def test_little_shared_memory(mpirun: MpiRun, tmp_path: Path) -> None:
     assert "status='fail', found='32 MiB free in /dev/shm'" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_check_that_hangs_is_a_line_and_the_end(mpirun: MpiRun, ranks: int) -> None:
+    code = """
+        import sys, time
+        from hpcasync.cli import main
+        from hpcasync.doctor import examine
+        sys.modules["hpcasync.doctor.examine"].SECONDS = 1.0
+        sys.modules["hpcasync.doctor.examine"]._checks = lambda folder: {"slow": lambda world: time.sleep(300)}
+        sys.exit(main(["doctor", "--json"]))
+        """
+    done = mpirun(code, ranks, check=False)
+    assert done.returncode != 0
+    (text,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    last = json.loads(text)["lines"][-1]
+    assert (last["check"], last["status"], last["found"]) == ("slow", "fail", "no end after 1 s")
+
+
 def test_no_such_folder(capsys: pytest.CaptureFixture[str]) -> None:
     from hpcasync.cli import main
 
