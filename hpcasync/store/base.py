@@ -225,8 +225,7 @@ class Store:
         clock = int(self.clocks[worker.index])
 
         def apply(k: int, shard: Shard) -> None:
-            parts = [None if (g := grads[p.param]) is None else g[p.offset : p.offset + p.size] for p in shard.pieces]
-            taus[k] = self._push_shard(worker, k, shard, parts, out, hypers, clock)
+            taus[k] = self._push_shard(worker, k, shard, grads, out, hypers, clock)
 
         self._over_shards(worker, apply)
         for tau in taus.tolist():
@@ -243,10 +242,10 @@ class Store:
         hypers: Sequence[np.ndarray],
         clock: int,
     ) -> int:
-        """Update one shard, under its lock, with a gradient per piece; returns its staleness, -1 if it was only read."""
+        """Update one shard, under its lock; returns its staleness, -1 if it was only read."""
         rule, keeps = self.rule, self.rule.own_copy
         version, read = int(self.versions[k]), int(worker.read[k])
-        if not any([g is not None for g in grads]):
+        if not any([grads[p.param] is not None for p in shard.pieces]):
             if not keeps:
                 np.copyto(out[shard.start : shard.stop], self.state[0, shard.start : shard.stop])
             worker.read[k] = version
@@ -254,8 +253,9 @@ class Store:
         tau = version - read
         arrival = rule.arrive(self.notes[k], not worker.pushed[k], clock)
         count = worker.steps + 1 if keeps else version + 1
-        for p, grad in zip(shard.pieces, grads, strict=True):
+        for p in shard.pieces:
             part = out[p.start : p.start + p.size]
+            grad = grads[p.param]
             if grad is None:
                 if not keeps:
                     np.copyto(part, self.state[0, p.start : p.start + p.size])
@@ -263,7 +263,7 @@ class Store:
                 rule.update(
                     self.state,
                     p.start,
-                    grad,
+                    grad[p.offset : p.offset + p.size],
                     part,
                     hypers[p.param],
                     count,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -90,6 +91,8 @@ class Part(Store):
             notes=lines[:, NOTE : NOTE + NOTES],
             threads=threads,
         )
+        # In a slot lie only the shards' own parts of the gradients.
+        self._sent = [replace(s, pieces=tuple(replace(p, offset=0) for p in s.pieces)) for s in self.layout.shards]
         self._guests = [Worker(s, count, workers, self._privates[i]) for i, s in enumerate(port.senders)]
 
     def try_lock(self, shard: int, worker: int) -> bool:
@@ -122,7 +125,7 @@ class Part(Store):
         return True
 
     def _execute(self, sender: int, k: int) -> None:
-        shard, worker, out = self.layout.shards[k], self._guests[sender], self._outs[sender]
+        shard, worker, out = self._sent[k], self._guests[sender], self._outs[sender]
         first = self._segment.block(sender, k)
         size = shard.stop - shard.start
         head = self._blocks[first : first + 8 * LINE].view(np.int64)
@@ -137,10 +140,10 @@ class Part(Store):
                 for row, vector in enumerate(self.rule.private_vectors if worker.private.size else ()):
                     worker.private[row, shard.start : shard.stop] = vector.start
             table = self._tables[sender]
-            grads = [
-                grad[p.start - shard.start : p.start - shard.start + p.size] if table[p.param, -1] else None
-                for p in shard.pieces
-            ]
+            grads: list[np.ndarray | None] = [None] * len(table)
+            for p in shard.pieces:
+                if table[p.param, -1]:
+                    grads[p.param] = grad[p.start - shard.start :]
             tau = self._push_shard(worker, k, shard, grads, out, list(table[:, :-1]), int(head[CLOCK]))
         self._answers[sender, k, ANSWER_VERSION] = worker.read[k]
         self._answers[sender, k, ANSWER_TAU] = tau
@@ -173,13 +176,13 @@ class Part(Store):
     ) -> int:
         """The part of a push that concerns the shared parameters; the worker makes the step of its copy itself."""
         version, read = int(self.versions[k]), int(worker.read[k])
-        if not any([g is not None for g in grads]):
+        pieces = [p for p in shard.pieces if grads[p.param] is not None]
+        if not pieces:
             worker.read[k] = version
             return -1
-        for p, grad in zip(shard.pieces, grads, strict=True):
-            if grad is not None:
-                rate = self.rule.tune(hypers[p.param], version + 1, version - read)[HYPER["moving_rate"]]
-                exchange(self.state, p.start, out[p.start : p.start + p.size], rate)
+        for p in pieces:
+            rate = self.rule.tune(hypers[p.param], version + 1, version - read)[HYPER["moving_rate"]]
+            exchange(self.state, p.start, out[p.start : p.start + p.size], rate)
         worker.pushed[k] = True
         self.versions[k] = worker.read[k] = version + 1
         self.writers[k] = worker.index
