@@ -63,7 +63,7 @@ demo: install
 
 test: export HPCASYNC_REQUIRE_LANES = 1
 test: $(VENV)/.installed-dev $(OMPI)/.installed
-	@PATH="$$PATH:/usr/sbin" command -v slurmctld munged >/dev/null || \
+	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || \
 	  echo "make test: no Slurm here, so the jobs of tests/slurm are skipped; as root: apt-get install slurm-wlm munge libpmix-dev"
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
