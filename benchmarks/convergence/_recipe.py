@@ -266,12 +266,16 @@ def _tally(lines: Sequence[Line]) -> str:
     kinds: dict[str, list[Line]] = {}
     for line in lines:
         kinds.setdefault(line[0].partition(": ")[2], []).append(line)
-    rows = ["| claim | held | clearly | NOT held in |", "|---|---|---|---|"]
+    rows = ["| claim | held | clearly held | NOT held in (clearly: bold) |", "|---|---|---|---|"]
     for kind, all_ in kinds.items():
-        failed = "; ".join(f"{c.partition(': ')[0]} ({n})" for c, held, n in all_ if not held) or "-"
+        failed = "; ".join(_mark(c.partition(": ")[0], n) for c, held, n in all_ if not held) or "-"
         clear = sum(held and "within noise" not in n for _, held, n in all_)
         rows.append(f"| {kind} | {sum(held for _, held, _ in all_)} of {len(all_)} | {clear} | {failed} |")
     return "\n".join(rows) if kinds else ""
+
+
+def _mark(cell: str, numbers: str) -> str:
+    return cell if "within noise" in numbers else f"**{cell}**"
 
 
 def _panels(table: Table, placed: Mapping[str, tuple[str, float]]) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
