@@ -47,9 +47,7 @@ class HostRanks:
                 f"host_ranks={count}, but the nodes have {sizes} ranks: every node needs at least one more, to train"
             )
         self.comm, self.node_comm, self.count = comm, node_comm, count
-        self.ports = [
-            (rank, nodes.index(first)) for rank, (first, local, size) in enumerate(everyone) if local >= size - count
-        ]
+        self.ports = [(rank, nodes.index(first)) for rank, (first, local, size) in enumerate(everyone) if local >= size - count]
         self.is_host = comm.rank in [rank for rank, _ in self.ports]
         self._root = next(rank for rank in range(comm.size) if rank not in [r for r, _ in self.ports])
         self._call: Any = None

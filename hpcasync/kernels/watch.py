@@ -9,7 +9,10 @@ from hpcasync.kernels.atomic import call_iprobe, call_usleep, load_word, put, ta
 
 @njit(nogil=True, cache=True)
 def watch(iprobe, usleep, comm, source, tag, scratch, probes, sleep, short, eager, requests, done, first, turns, gate, stop):
-    """Turn until a word of ``requests`` differs from that of ``done``: its index, looking from ``first`` on; -1: stopped; -2: ``turns`` over."""
+    """Turn until a word of ``requests`` differs from that of ``done``: its index, looking from ``first`` on.
+
+    Returns -1 once stopped, -2 after ``turns`` turns.
+    """
     count = requests.size
     flag, status = scratch.ctypes.data, scratch.ctypes.data + 64
     while load_word(stop.ctypes.data) == 0:
