@@ -4,7 +4,7 @@ Two nodes with one rank each, rank 1 computes without a pause (matrix products o
 the GIL) in pieces of a second, out of MPI. Rank 0 pushes to and pulls from the shards that rank 1 holds, and the time of each is
 recorded. Lanes: "nolocal", MPICH told that every rank is a node, over shared memory; "tcp", the same over TCP; "hosts", two
 network namespaces with a link of 1 Gbit/s between them, MPICH or Open MPI by the environment that runs this. With host-rank each
-node has a second rank that serves.
+node has a second rank that serves. Needs the test tools (make test), whose hosts it uses.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ LANES = {
     "tcp": {"MPIR_CVAR_NOLOCAL": "1", "UCX_TLS": "tcp,self"},
     "hosts": {},
 }
+PROGRESS = ("thread", "host-rank", "library")
 TARGET = 0.020  # seconds, median
 COUNT = 10_000  # elements of each of two shards
 
@@ -31,10 +32,11 @@ COUNT = 10_000  # elements of each of two shards
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--lanes", nargs="+", choices=list(LANES), default=list(LANES))
-    parser.add_argument("--progress", nargs="+", default=["thread", "host-rank", "library"])
+    parser.add_argument("--progress", nargs="+", choices=PROGRESS, help="default: all; the thread with --quick")
     parser.add_argument("--seconds", type=float, default=6.0, help="of a case")
     parser.add_argument("--python", action="store_true", help="the busy rank runs pure Python")
     args = parser.parse_args()
+    args.progress = args.progress or list(PROGRESS[:1] if args.quick else PROGRESS)
     if args.worker:
         work(args.worker, args.progress[0], args.seconds, args.python)
         return
@@ -74,11 +76,11 @@ def launch_case(lane: str, progress: str, seconds: float, python: bool) -> dict 
                 HostsRun(found[0], Path(folder), hosts)(Path(__file__), ranks, **options)
         else:
             MpiRun(found[0], Path(folder))(Path(__file__), ranks, **options)
-        row = json.loads(rows.read_text())
-    row |= {"lane": lane, "progress": progress, "mpi": found[0].name, "ratios": []}
+        times = json.loads(rows.read_text())
+    row: dict = {"lane": lane, "progress": progress, "mpi": found[0].name, "seconds": times, "ratios": []}
     print(f"\n{lane}, {found[0].name}, {progress}  (load {os.getloadavg()[0]:.1f})", flush=True)
     for what in ("push_pull", "pull"):
-        t = row[what]
+        t = times[what]
         verdict = "holds" if t["median"] <= TARGET else "MISSED"
         row["ratios"].append({"side": what, "to": "20 ms", "median": t["median"] / TARGET, "holds": t["median"] <= TARGET})
         print(

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from hpcasync.errors import UsageError
+from hpcasync.train.config import make_config
 from tests.hosts import HostsRun
 
 HEAD = """
@@ -102,6 +106,7 @@ def run(hosts: HostsRun, n: int, body: str, workers: int | None = None, **option
     assert done.stdout.count("done") == (n if workers is None else workers)
 
 
+@pytest.mark.slow
 def test_every_rule_trains(two_hosts: HostsRun, tmp_path: Path) -> None:
     run(two_hosts, 4, TRAIN, args=[tmp_path])
 
@@ -149,3 +154,16 @@ for step in range(1000000):
     done = two_hosts(HEAD + body, 4, check=False, timeout=100)
     assert done.returncode != 0
     assert "rank 3 of 4 failed" in done.stderr and "this rank fails" in done.stderr
+
+
+def test_options_that_do_not_fit() -> None:
+    assert make_config({"progress": "host-rank"}).host_ranks == 1
+    for keys, says in (
+        ({"host_ranks": 1}, "--progress host-rank"),
+        ({"progress": "thread", "host_ranks": 1}, "--progress host-rank"),
+        ({"progress": "host-rank", "host_ranks": 0}, "at least 1|>= 1"),
+        ({"progress": "threads"}, "thread"),
+        ({"progress": "thread", "mode": "sync"}, "belongs to mode async"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            make_config(keys)

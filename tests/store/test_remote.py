@@ -157,6 +157,7 @@ def test_two_hosts(two_hosts: HostsRun) -> None:
     run(two_hosts, 4, 2, COUNTS + READER + BOUND)
 
 
+@pytest.mark.slow
 def test_two_hosts_taking_turns(two_hosts: HostsRun) -> None:
     run(two_hosts, 4, 2, TURNS)
 
