@@ -78,18 +78,20 @@ def panels(
             x, mean, sd = np.array(sorted(points)).T
             nudge = 1 + 0.012 * (names.index(m) - len(names) / 2) if log else 1
             axis.errorbar(x * nudge, mean, sd, label=m, color=f"C{names.index(m) % 10}", marker="o", ms=3, lw=1.2, capsize=2)
-        top = max(mean for points in methods.values() for _, mean, _ in points)
+        top = max(mean + sd for points in methods.values() for _, mean, sd in points)
         if log and every[0] > 0:
             axis.set_xscale("log")
         axis.set_xticks(every, [f"{x:g}" for x in every], minor=False)
         axis.minorticks_off()
         axis.set(title=panel, xlabel=xlabel, ylabel=ylabel)
         if span is not None:
-            axis.set_ylim(top - span, top + 0.1 * span)
+            axis.set_ylim(top - span, top + 0.05 * span)
         axis.grid(alpha=0.3)
     handles: dict[str, object] = {}
     for axis in axes[: len(table)]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize="small")
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(2 * across, 5, len(handles)), fontsize="small"
+    )
     figure.savefig(path, dpi=110)

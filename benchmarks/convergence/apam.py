@@ -132,12 +132,12 @@ def extra(table: Table, cells: Sequence[Cell], folder: Path) -> str:
                 speed.setdefault(m, []).append((x, mean, 0.0))
             row = (f"{updates}", f"{x}", m, f"{s.mean('accuracy'):.2f} ± {s.spread('accuracy'):.2f}", f"{s.mean('seconds'):.3f}")
             rows.append((updates, x, f"| {' | '.join(row)} | {mean:.1f} | {s.mean('staleness'):.1f} |"))
-    panels(folder / "accuracy.png", accuracy, "workers, or 1 + artificial delay", span=15)
+    panels(folder / "accuracy.png", accuracy, "workers, or 1 + artificial delay", span=60)
     if speed:
         ideal = [(x, x, 0.0) for x, _, _ in speed[OURS]]
         panels(
             folder / "speedup.png",
-            {"speed-up over P = 1": {**speed, "ideal": ideal}},
+            {"speed-up over P = 1": {OURS: speed[OURS], SYNC: speed.get(SYNC, []), "ideal": ideal}},
             "workers",
             "speed-up",
             span=None,
