@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from hpcasync import data, models, rules
     from hpcasync.comm import World, init
     from hpcasync.errors import UsageError
-    from hpcasync.modes import Async, Guided, KStep, Sync
+    from hpcasync.modes import Async, Guided, Hierarchical, KStep, Sync
     from hpcasync.train.checkpoint import load_checkpoint, save_checkpoint
 
 _HOMES = {
     "Async": "hpcasync.modes",
     "Guided": "hpcasync.modes",
+    "Hierarchical": "hpcasync.modes",
     "KStep": "hpcasync.modes",
     "Sync": "hpcasync.modes",
     "UsageError": "hpcasync.errors",
@@ -31,8 +32,8 @@ _HOMES = {
 _MODULES = ("data", "models", "rules")
 
 __all__ = [
-    "Async", "Guided", "KStep", "Sync", "UsageError", "World", "data", "init", "load_checkpoint", "models", "rules",
-    "save_checkpoint",
+    "Async", "Guided", "Hierarchical", "KStep", "Sync", "UsageError", "World", "data", "init", "load_checkpoint", "models",
+    "rules", "save_checkpoint",
 ]  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,13 @@ import torch
 from torch import Tensor
 
 from hpcasync.comm import Collectives, World, init
-from hpcasync.errors import UsageError, unknown
+from hpcasync.errors import UsageError
 from hpcasync.kernels import block_update
 from hpcasync.modes.base import Closure, OnNonfinite
+from hpcasync.modes.block import BlockOptions
 from hpcasync.modes.flat import FlatParameters
-from hpcasync.modes.interval import interval_at, parse_every
 from hpcasync.modes.presets import preset_options
 from hpcasync.modes.wrapper import Wrapper
-from hpcasync.rules.base import between
 from hpcasync.store import make_layout
 
 
@@ -120,26 +118,9 @@ class KStep(Wrapper):
         model: torch.nn.Module | None = None,
         on_nonfinite: OnNonfinite = "skip",
     ) -> None:
-        self._pieces = parse_every(every)
-        if not isinstance(warm_start, int) or warm_start < 0:
-            raise UsageError(f"warm_start={warm_start!r}: expected a whole number >= 0")
-        between("block_momentum", block_momentum, 0, 1, high_open=True)
-        between("block_lr", block_lr, 0, math.inf, low_open=True)
-        if inner_state not in ("keep", "average", "reset"):
-            raise unknown("inner_state", str(inner_state), ("keep", "average", "reset"))
-        options = {
-            "every": every,
-            "block_momentum": block_momentum,
-            "nesterov": nesterov,
-            "block_lr": block_lr,
-            "warm_start": warm_start,
-            "inner_state": inner_state,
-        }
-        super().__init__(
-            optimizer, world=world, model=model, on_nonfinite=on_nonfinite, collectives=collectives, facts=options
-        )
-        self.every, self.block_momentum, self.nesterov = every, block_momentum, nesterov
-        self.block_lr, self.warm_start, self.inner_state = block_lr, warm_start, inner_state
+        self.options = BlockOptions(every, block_momentum, nesterov, block_lr, warm_start, inner_state)
+        facts = self.options.facts()
+        super().__init__(optimizer, world=world, model=model, on_nonfinite=on_nonfinite, collectives=collectives, facts=facts)
         self.averages = 0
         self._since = 0  # local steps since the last average
         self._blocks = [
@@ -148,9 +129,7 @@ class KStep(Wrapper):
         ]
 
     @classmethod
-    def preset(
-        cls, name: str, optimizer: torch.optim.Optimizer, *, world: World | None = None, **overrides: Any
-    ) -> KStep:
+    def preset(cls, name: str, optimizer: torch.optim.Optimizer, *, world: World | None = None, **overrides: Any) -> KStep:
         """A published method by its name: k-avg, m-avg, post-local, bmuf, slowmo, diloco.
 
         Args:
@@ -185,9 +164,8 @@ class KStep(Wrapper):
         else:
             self._nonfinite(f"rank {self.world.rank}")
         self._since += 1
-        warm = self.steps <= self.warm_start
-        if warm or self._since >= interval_at(self._pieces, self.steps - self._since):
-            self.average(plain=warm)
+        if self.options.due(self.steps, self._since):
+            self.average(plain=self.options.warm(self.steps))
         return loss
 
     @torch.no_grad()
@@ -207,12 +185,12 @@ class KStep(Wrapper):
                 block.fetch()
                 frozen = block.frozen()
                 block.sum(self.collectives)
-                self._outer_step(block, plain)
+                self.options.apply(block.host, block.anchor, block.velocity, self.world.size, plain=plain)
                 block.keep(frozen)
                 block.put_back()
-            if self.inner_state == "reset":
+            if self.options.inner_state == "reset":
                 self.inner.state.clear()
-            elif self.inner_state == "average":
+            elif self.options.inner_state == "average":
                 self._average_inner_state()
 
     def synchronize(self) -> None:
@@ -228,16 +206,6 @@ class KStep(Wrapper):
         grads = [p.grad for p in self.params if p.grad is not None]
         values = [g if g.layout == torch.strided else g.coalesce().values() for g in grads]
         return "" if all(bool(torch.isfinite(v).all()) for v in values) else f"rank {self.world.rank}"
-
-    def _outer_step(self, block: _Block, plain: bool) -> None:
-        ranks = self.world.size
-        if plain or (self.block_momentum == 0 and self.block_lr == 1):
-            # The mean itself: anchor + (mean - anchor) would round.
-            block.host /= ranks
-            block.anchor[:] = block.host
-        else:
-            mu, lr = self.block_momentum, self.block_lr
-            block_update(block.host, block.anchor, block.velocity, ranks, mu, lr, self.nesterov)
 
     def _average_inner_state(self) -> None:
         """Average the tensors of the wrapped optimizer's state over the ranks that have them; counters, scalars, stay.
@@ -264,8 +232,7 @@ class KStep(Wrapper):
 
     def _own_state(self) -> dict[str, Any]:
         blocks = [
-            {"anchor": torch.from_numpy(b.anchor.copy()), "velocity": torch.from_numpy(b.velocity.copy())}
-            for b in self._blocks
+            {"anchor": torch.from_numpy(b.anchor.copy()), "velocity": torch.from_numpy(b.velocity.copy())} for b in self._blocks
         ]
         return {**super()._own_state(), "since": self._since, "averages": self.averages, "blocks": blocks}
 

@@ -41,7 +41,7 @@ class Asynchronous(Simulation):
         self._transfer = 0.0 if alone else self.cluster.network.transfer(self.nbytes)
         self._service = 0.0 if alone else 4 * self.layout.total / self.cluster.service
         self._free = [np.zeros(len(self.layout.shards)) for _ in self.stores]
-        if alone and self.rule.own_copy:
+        if self._averaging and self.rule.own_copy:
             raise UsageError(f"rule {self.rule.name!r} ties asynchronous workers to a shared centre; use mode async")
         if config.delay and self.rule.own_copy:
             raise UsageError(f"--delay: rule {self.rule.name!r} computes at copies that are the workers' own")

@@ -67,7 +67,8 @@ class SimulateConfig(TrainConfig):
     def keys(self) -> dict[str, Any]:
         """The configuration as the flat keys of a file, without those of other modes and those not set."""
         flat = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "options"}
-        foreign = {o.name for o in (*OPTIONS, *SIMULATE_OPTIONS) if not _belongs(o, self.mode)}
+        options = {o.name: o for o in (*OPTIONS, *SIMULATE_OPTIONS)}  # of two by one name the simulator's holds
+        foreign = {o.name for o in options.values() if not _belongs(o, self.mode)}
         foreign |= {*_LIVE_ONLY, *(() if self.guided else GUIDED_KEYS)}
         flat = {k: v for k, v in flat.items() if k not in foreign} | self.options
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
@@ -101,7 +102,7 @@ class SimulateConfig(TrainConfig):
 
 def simulate_options() -> tuple[Option, ...]:
     """All options of a simulation but the rules'."""
-    return (*SIMULATE_OPTIONS, *(o for o in OPTIONS if o.name not in _LIVE_ONLY))
+    return (*SIMULATE_OPTIONS, *(o for o in OPTIONS if o.name not in {*_LIVE_ONLY, *(own.name for own in SIMULATE_OPTIONS)}))
 
 
 def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
@@ -112,7 +113,7 @@ def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
     """
     own = {o.name: o for o in SIMULATE_OPTIONS}
     keys = {k.replace("-", "_"): v for source in sources for k, v in source.items() if v is not None}
-    known = {o.name: o for o in (*SIMULATE_OPTIONS, *OPTIONS, *rule_options())}
+    known = {o.name: o for o in (*OPTIONS, *rule_options(), *SIMULATE_OPTIONS)}
     for key in keys:
         if key not in known:
             raise unknown("option", key, known)
@@ -134,29 +135,22 @@ def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
             if key in mine:
                 raise UsageError(f"--{key} is the size of a dry simulation; give --dry too")
     _like_workers(mine)
-    base = _base_config(mode, keys, mine.get("workers", SimulateConfig.workers))
-    config = SimulateConfig(**base, **mine)
+    base = _base_config(keys, mine.get("workers", SimulateConfig.workers))
+    config = SimulateConfig(**(base | mine))
     _ = config.cluster  # raises for what does not parse
     if mode == "hierarchical" and config.groups > config.workers:
         raise UsageError(f"--groups={config.groups}: more groups than the {config.workers} workers")
     return config
 
 
-def _base_config(mode: str, keys: dict[str, Any], workers: int) -> dict[str, Any]:
+def _base_config(keys: dict[str, Any], workers: int) -> dict[str, Any]:
     """The fields of a run's configuration, checked as those of a run are."""
     keys = dict(keys)
-    extra = {}
-    if mode == "hierarchical":  # kstep among groups, async inside them
-        keys["mode"] = "kstep"
-        keys.setdefault("rule", "trend-smooth")
-        if "staleness" in keys:
-            extra["staleness"] = make_config({"staleness": keys.pop("staleness")}).staleness
     named = "name" in keys
     config = make_config(keys, workers=lambda: workers)
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    fields |= {"mode": mode, **extra}
     if not named:
-        fields["name"] = f"{config.name.rsplit('-', 1)[0]}-{mode}-simulated"
+        fields["name"] = f"{config.name.rsplit('-', 1)[0]}-{config.mode}-simulated"
     return fields
 
 
@@ -171,9 +165,7 @@ def _like_workers(mine: dict[str, Any]) -> None:
 
 
 def _belongs(option: Option, mode: str) -> bool:
-    if not option.modes or mode in option.modes:
-        return True
-    return mode == "hierarchical" and option.name in {o.name for o in OPTIONS} - set(GUIDED_KEYS)
+    return not option.modes or mode in option.modes
 
 
 def _typed(option: Option, value: Any) -> Any:

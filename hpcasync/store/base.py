@@ -302,6 +302,14 @@ class Store:
 
         self._over_shards(worker, copy)
 
+    def add(self, worker: Worker, delta: np.ndarray) -> None:
+        """Add ``delta``, float32 (layout.total,), to the shared parameters, shard by shard; it is no update of the rule."""
+
+        def move(k: int, shard: Shard) -> None:
+            self.state[0, shard.start : shard.stop] += delta[shard.start : shard.stop]
+
+        self._over_shards(worker, move)
+
     def snapshot(self, worker: Worker) -> np.ndarray:
         """A copy of ``state``, each shard of one version."""
         copy = np.empty_like(self.state)

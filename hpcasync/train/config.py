@@ -14,10 +14,10 @@ from hpcasync.comm import BACKENDS, check_backend
 from hpcasync.comm.progress_choice import PROGRESS
 from hpcasync.docstrings import attributes_of
 from hpcasync.errors import UsageError, unknown
-from hpcasync.modes.interval import parse_every
+from hpcasync.modes.block import BLOCK_KEYS, BlockOptions, check_delay
 from hpcasync.modes.presets import PRESETS, preset_options
 
-MODES = ("async", "sync", "kstep")
+MODES = ("async", "sync", "kstep", "hierarchical")
 SCHEDULES = ("cosine", "constant")
 
 
@@ -41,13 +41,14 @@ class Option:
 
 
 GUIDED_KEYS = ("guided", "rho", "verification")
-_ASYNC, _KSTEP, _GUIDED = ("async",), ("kstep",), ("async", "sync")
+_ASYNC, _KSTEP, _GUIDED = ("async", "hierarchical"), ("kstep",), ("async", "sync")
+_BLOCK, _HIERARCHICAL = ("kstep", "hierarchical"), ("hierarchical",)
 
 OPTIONS = (
     Option("data", str, "digits", "name of a data set or path of an imported HDF5 file"),
     Option("model", str, "mlp", "name of a model or package.module:function"),
     Option("mode", str, "async", "how the ranks train together: " + ", ".join(MODES)),
-    Option("rule", str, None, "update rule (default: trend-smooth in mode async, plain in the others)"),
+    Option("rule", str, None, "update rule (default: trend-smooth in modes async and hierarchical, plain in the others)"),
     Option("epochs", int, 5, "passes over the training data"),
     Option("batch", int, 32, "samples per step and rank, at most"),
     Option("partition", str, "iid", "samples of a rank: iid, shards:C (C classes), dirichlet:ALPHA, natural, file:PATH"),
@@ -56,16 +57,18 @@ OPTIONS = (
     Option(
         "staleness", int, None, "a rank further ahead of the slowest, in pushes, waits (default: never; apam 16)", _ASYNC
     ),
-    Option("progress", str, None, "between nodes: thread, host-rank or library (default: found out at the start)", _ASYNC),
-    Option("host_ranks", int, None, "ranks per node set aside with --progress host-rank (default: 1)", _ASYNC),
+    Option("progress", str, None, "between nodes: thread, host-rank or library (default: found out at the start)", ("async",)),
+    Option("host_ranks", int, None, "ranks per node set aside with --progress host-rank (default: 1)", ("async",)),
     Option("preset", str, None, "k-avg, m-avg, post-local, bmuf, slowmo or diloco: settings of the options below", _KSTEP),
-    Option("every", "whole-or-schedule", 32, "K, local steps per average, or a schedule such as 1:100,8:500,32", _KSTEP),
-    Option("block_momentum", float, 0.0, "momentum of the block step, in [0, 1)", _KSTEP),
-    Option("nesterov", bool, False, "Nesterov's form of the block momentum", _KSTEP),
-    Option("block_lr", float, 1.0, "learning rate of the block step", _KSTEP),
-    Option("warm_start", int, 0, "so many first steps average after each step", _KSTEP),
-    Option("inner_state", str, "keep", "state of the local optimizer at an average: keep, average, reset", _KSTEP),
-    Option("collectives", str, "mpi", "what sums over the ranks: " + ", ".join(BACKENDS), ("sync", "kstep")),
+    Option("every", "whole-or-schedule", 32, "K, local steps per average, or a schedule such as 1:100,8:500,32", _BLOCK),
+    Option("block_momentum", float, 0.0, "momentum of the block step, in [0, 1)", _BLOCK),
+    Option("nesterov", bool, False, "Nesterov's form of the block momentum", _BLOCK),
+    Option("block_lr", float, 1.0, "learning rate of the block step", _BLOCK),
+    Option("warm_start", int, 0, "so many first steps average after each step", _BLOCK),
+    Option("inner_state", str, "keep", "state of the local optimizer at an average: keep, average, reset", _BLOCK),
+    Option("groups", int, None, "groups of ranks, asynchronous inside (default: one per node)", _HIERARCHICAL),
+    Option("delay", int, 0, "steps that an average may take while the ranks compute, less than K", _HIERARCHICAL),
+    Option("collectives", str, "mpi", "what sums over the ranks: " + ", ".join(BACKENDS), ("sync", *_BLOCK)),
     Option("guided", bool, False, "guided SGD: replay the most consistent of the last rho batches", _GUIDED),
     Option("rho", int, 10, "batches that guided SGD remembers, from 2", _GUIDED),
     Option("verification", int, None, "training samples that guided SGD verifies with (default: a tenth, at most 100)", _GUIDED),
@@ -136,6 +139,8 @@ class TrainConfig:
     block_lr: float = 1.0
     warm_start: int = 0
     inner_state: str = "keep"
+    groups: int | None = None
+    delay: int = 0
     collectives: str = "mpi"
     guided: bool = False
     rho: int = 10
@@ -193,13 +198,12 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
             raise UsageError(f"--{key.replace('_', '-')} belongs to mode {', '.join(modes)}; the mode is {mode}")
     for key, least in (("epochs", 1), ("batch", 1), ("seed", 0), ("staleness", 0)):
         _at_least(keys, key, least)
-    for key, least in (("warm_start", 0), ("eval_every", 1), ("threads", 1), ("rho", 2), ("verification", 1), ("host_ranks", 1)):
+    for key, least in (("groups", 1), ("eval_every", 1), ("threads", 1), ("rho", 2), ("verification", 1), ("host_ranks", 1)):
         _at_least(keys, key, least)
     for key, least in (("checkpoint_every", 0), ("keep", 1)):
         _at_least(keys, key, least)
     if keys.get("resume") == "auto" and "output" not in keys:
         raise UsageError("--resume auto looks for checkpoints in the run's folder: give it with --output")
-    parse_every(keys.get("every", 1), "--every")
     if keys.get("progress", PROGRESS[0]) not in PROGRESS:
         raise unknown("progress", keys["progress"], PROGRESS)
     if keys.get("progress") == "host-rank":
@@ -211,9 +215,14 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
             raise UsageError(f"--{key} belongs to guided SGD; give --guided too, or leave it out")
     if "preset" in keys:
         keys = _with_preset(keys, workers or _ranks)
+    if mode in _HIERARCHICAL:
+        for key in [k for k in ("checkpoint_every", "resume") if k in keys]:
+            raise UsageError(f"--{key.replace('_', '-')}: mode hierarchical has no checkpoints yet; leave it out")
+    if mode in _BLOCK:
+        check_delay(keys.get("delay", 0), BlockOptions(**{k: keys[k] for k in BLOCK_KEYS if k in keys}))
     rule_names = {o.name for o in rule_options()}
     options = {k: keys.pop(k) for k in list(keys) if k in rule_names}
-    keys.setdefault("rule", "trend-smooth" if mode == "async" else "plain")
+    keys.setdefault("rule", "trend-smooth" if mode in _ASYNC else "plain")
     rule = make_rule(keys["rule"], options)
     stem = Path(str(keys.get("data", "digits"))).stem
     keys.setdefault("name", f"{stem}-{str(keys.get('model', 'mlp')).split(':')[-1]}-{mode}")
@@ -226,7 +235,7 @@ def _with_preset(keys: dict[str, Any], workers: Callable[[], int]) -> dict[str, 
     name = keys["preset"]
     settings = PRESETS[name].options if name in PRESETS else {}
     ranks = workers() if settings.get("block_momentum") == "1-1/P" and "block_momentum" not in keys else 1
-    given = {o.name: keys[o.name] for o in OPTIONS if o.modes == _KSTEP and o.name != "preset" and o.name in keys}
+    given = {k: keys[k] for k in BLOCK_KEYS if k in keys}
     settings = preset_options(name, ranks, given)
     inner = PRESETS[name].rule if keys.get("rule", "plain") == "plain" else {}
     return {**inner, **keys, **settings}

@@ -17,7 +17,8 @@ from hpcasync import models
 from hpcasync.comm import World, agree, init, raise_together
 from hpcasync.data import Dataset, Loader, loader, open_dataset, verification_batch
 from hpcasync.errors import UsageError
-from hpcasync.modes import Async, Guided, KStep, Mode, Sync
+from hpcasync.modes import Async, Guided, Hierarchical, KStep, Mode, Sync
+from hpcasync.modes.block import BLOCK_KEYS
 from hpcasync.modes.local import bind_alone, torch_optimizer
 from hpcasync.rules import make_rule
 from hpcasync.stats import Staleness
@@ -115,22 +116,24 @@ def make_mode(config: TrainConfig, model: nn.Module, world: World) -> Mode:
     nonfinite: Any = config.on_nonfinite
     if config.mode == "async":
         return Async(model, rule, staleness=config.staleness, world=world, on_nonfinite=nonfinite, progress=config.progress)
+    block = {k: getattr(config, k) for k in BLOCK_KEYS}
+    if config.mode == "hierarchical":
+        return Hierarchical(
+            model,
+            rule,
+            **block,
+            delay=config.delay,
+            groups=config.groups,
+            collectives=config.collectives,
+            staleness=config.staleness,
+            world=world,
+            on_nonfinite=nonfinite,
+        )
     optimizer = torch_optimizer(rule, model)
+    common: dict[str, Any] = {"world": world, "model": model, "collectives": config.collectives, "on_nonfinite": nonfinite}
     if config.mode == "sync":
-        return Sync(optimizer, world=world, model=model, collectives=config.collectives, on_nonfinite=nonfinite)
-    return KStep(
-        optimizer,
-        every=config.every,
-        block_momentum=config.block_momentum,
-        nesterov=config.nesterov,
-        block_lr=config.block_lr,
-        warm_start=config.warm_start,
-        inner_state=config.inner_state,
-        collectives=config.collectives,
-        world=world,
-        model=model,
-        on_nonfinite=nonfinite,
-    )
+        return Sync(optimizer, **common)
+    return KStep(optimizer, **block, **common)
 
 
 class Run:
@@ -290,7 +293,7 @@ class Run:
 
 def _prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Module]:
     rule = make_rule(config.rule, config.options)  # refused now if it does not fit, before a folder is made
-    rule = rule.bind(world.size) if config.mode == "async" else bind_alone(rule)
+    rule = rule.bind(world.size) if config.mode in ("async", "hierarchical") else bind_alone(rule)
     dataset = open_dataset(config.data)
     batches = loader(dataset, world, batch=config.batch, seed=config.seed, partition=config.partition)
     torch.manual_seed(config.seed)

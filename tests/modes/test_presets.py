@@ -118,7 +118,7 @@ def test_bmuf_takes_the_number_of_ranks() -> None:
 def test_every_preset_makes_a_kstep_and_a_configuration(name: str) -> None:
     opt = KStep.preset(name, torch.optim.SGD(mlp().parameters(), lr=0.1), world=World())
     expected = preset_options(name, 1)
-    assert {k: getattr(opt, k) for k in expected} == expected
+    assert {k: getattr(opt.options, k) for k in expected} == expected
     config = make_config({"mode": "kstep", "preset": name}, workers=lambda: 1)
     assert {k: getattr(config, k) for k in expected} == expected
     assert make_config(config.keys()) == config  # as the written file is read back
@@ -131,7 +131,7 @@ def test_given_options_win_over_the_preset() -> None:
     assert (config.every, config.block_lr, config.options["base"]) == (7, 0.7, "adamw")
     assert make_config({"mode": "kstep", "preset": "diloco", "base": "sgd"}).options["base"] == "sgd"
     opt = KStep.preset("diloco", torch.optim.SGD(mlp().parameters(), lr=0.1), world=World(), every=9)
-    assert opt.every == 9 and opt.nesterov
+    assert opt.options.every == 9 and opt.options.nesterov
     opt.close()
 
 

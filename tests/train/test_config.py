@@ -29,6 +29,7 @@ BY_MODE = {
     "async": {"staleness": st.integers(0, 100), "rule": st.sampled_from(["asgd", "trend-smooth"])},
     "sync": {},
     "kstep": {"every": st.integers(1, 1000), "block_momentum": fractions, "nesterov": st.booleans(), "block_lr": rates},
+    "hierarchical": {"every": st.integers(9, 1000), "delay": st.integers(0, 8), "groups": st.integers(1, 9)},
 }
 
 

@@ -1,0 +1,155 @@
+"""Asynchronous inside a group, K-step averages among the groups: against trajectories by hand, Async and KStep."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hpcasync.errors import UsageError
+from hpcasync.modes.block import BlockOptions, check_delay
+from hpcasync.train.config import make_config
+from tests.mpi import MpiRun
+
+mpich = pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+
+# Parameters start at 10, the gradient is 1 in group 0 and 3 in group 1, lr 0.5, one rank per group, K = 2.
+# Without delay d = -2, as in KStep. With delay 1 the groups send 9 and 7 after step 2; after step 3 group 0 is at 8.5 and
+# is moved by 8 - 9, group 1 at 5.5 and is moved by 8 - 7; after step 4 they send 7 and 5, and so on.
+BY_HAND = {
+    "plain": ({}, [[9.5, 8, 7.5, 6], [8.5, 8, 6.5, 6]]),
+    "momentum": ({"block_momentum": 0.5}, [[9.5, 8, 7.5, 5], [8.5, 8, 6.5, 5]]),
+    "warm start": ({"warm_start": 1}, [[9, 8.5, 7, 6.5], [9, 7.5, 7, 5.5]]),
+    "delay": ({"delay": 1}, [[9.5, 9, 7.5, 7, 5.5], [8.5, 7, 6.5, 5, 4.5]]),
+    # v = -2, the model 8; then the mean of what is sent is 6: v = 0.5 * -2 + (6 - 8) = -3, the model 5.
+    "delay, momentum": ({"delay": 1, "block_momentum": 0.5}, [[9.5, 9, 7.5, 7, 4.5], [8.5, 7, 6.5, 5, 3.5]]),
+}
+
+PROGRAM = """
+import json, sys
+import torch
+import hpcasync as ha
+
+world = ha.init()
+for key, (options, expected) in json.loads(sys.argv[1]).items():
+    model = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(10.0 + world.rank)  # rank 0's is everybody's
+    opt = ha.Hierarchical(model, ha.rules.ASGD(lr=0.5), every=2, groups=2, world=world, **options)
+    found = []
+    for want in expected[world.rank]:
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1.0 + 2 * world.rank)
+        opt.step()
+        assert all(p.unique().numel() == 1 for p in model.parameters()), key
+        found.append(model.weight[0, 0].item())
+    assert all(abs(a - b) < 1e-5 for a, b in zip(found, expected[world.rank], strict=True)), (key, found)
+    opt.synchronize()
+    assert len(set(world.gather(model.bias[0].item()))) == 1, key
+    opt.close()
+print("done")
+"""
+
+
+def test_two_groups_by_hand(mpirun: MpiRun) -> None:
+    assert mpirun(PROGRAM, 2, args=[json.dumps(BY_HAND)]).stdout.count("done") == 2
+
+
+@mpich
+@pytest.mark.parametrize("delay", [0, 2])
+def test_groups_of_two_train_and_end_with_one_model(mpirun: MpiRun, delay: int) -> None:
+    mpirun(
+        f"""
+        import numpy as np, torch
+        import hpcasync as ha
+        from tests.modes.toys import flat, mlp, train
+
+        world = ha.init()
+        for rule in (ha.rules.ASGD(lr=0.05), ha.rules.TrendSmooth(lr=0.05), ha.rules.GSGM(lr=0.05)):
+            model = mlp()
+            opt = ha.Hierarchical(model, rule, every=3, block_momentum=0.3, groups=2, delay={delay}, staleness=4, world=world)
+            start = flat(model).copy()
+            train(opt, model, range(10), world.rank)
+            opt.synchronize()
+            everyone = world.gather(flat(model).copy())
+            assert all(np.array_equal(everyone[0], w) for w in everyone), rule.name
+            assert not np.array_equal(start, everyone[0]) and np.isfinite(everyone[0]).all()
+            assert opt.averages == 4 and opt.groups == 2 and opt.world.size == 2
+            opt.close()
+        """,
+        4,
+    )
+
+
+@mpich
+def test_state_goes_on_as_if_never_stopped(mpirun: MpiRun) -> None:
+    """Groups of one rank are deterministic: bit for bit, the block's momentum included."""
+    mpirun(
+        """
+        import numpy as np, torch
+        import hpcasync as ha
+        from tests.modes.toys import flat, mlp, train
+
+        world = ha.init()
+
+        def make(model):
+            rule = ha.rules.TrendSmooth(base="momentum", lr=0.05)
+            return ha.Hierarchical(model, rule, every=3, block_momentum=0.5, groups=2, inner_state="average", world=world)
+
+        model = mlp()
+        opt = make(model)
+        train(opt, model, range(6), world.rank)
+        saved = {k: v.clone() for k, v in model.state_dict().items()}, opt.state_dict()
+        train(opt, model, range(6, 12), world.rank)
+        expected = flat(model).copy()
+        opt.close()
+
+        model = mlp()
+        opt = make(model)
+        model.load_state_dict(saved[0])
+        opt.load_state_dict(saved[1])
+        train(opt, model, range(6, 12), world.rank)
+        assert np.array_equal(expected, flat(model)), abs(expected - flat(model)).max()
+        opt.close()
+        """,
+        2,
+    )
+
+
+@mpich
+def test_from_the_shell(mpirun: MpiRun) -> None:
+    args = ["train", "--mode", "hierarchical", "--groups", "2", "--every", "8", "--block-momentum", "0.3", "--delay", "4"]
+    done = mpirun.cli([*args, "--epochs", "4", "--batch", "8", "--json"], 4, timeout=170)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["mode"] == "hierarchical" and result["rule"] == "trend-smooth"
+    assert result["test_accuracy"] > 0.85 and result["staleness"]["max"] >= 1
+
+
+@mpich
+@pytest.mark.parametrize(
+    ("flags", "ranks", "words"),
+    [
+        (["--groups", "3"], 2, "groups=3: 3 per node, but a node has 2 rank(s)"),
+        (["--every", "4", "--delay", "4"], 1, "delay=4: expected fewer steps than every"),
+        (["--inner-state", "average", "--delay", "1"], 1, "inner_state='average' with delay=1"),
+        (["--checkpoint-every", "5"], 1, "mode hierarchical has no checkpoints yet"),
+        (["--rule", "easgd"], 1, "rule 'easgd' trains a copy per rank"),
+        (["--preset", "bmuf"], 1, "--preset belongs to mode kstep"),
+    ],
+)
+def test_bad_input(mpirun: MpiRun, flags: list[str], ranks: int, words: str) -> None:
+    done = mpirun.cli(["train", "--mode", "hierarchical", *flags], ranks, check=False)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+
+
+def test_options() -> None:
+    config = make_config({"mode": "hierarchical", "delay": 3, "groups": 2, "staleness": 4})
+    assert (config.rule, config.delay, config.groups, config.staleness, config.every) == ("trend-smooth", 3, 2, 4, 32)
+    assert make_config(config.keys()) == config
+    check_delay(7, BlockOptions(every="8:100,32"))
+    for delay in (8, -1, 1.5):
+        with pytest.raises(UsageError, match="delay"):
+            check_delay(delay, BlockOptions(every="8:100,32"))
+    with pytest.raises(UsageError, match="--delay belongs to mode hierarchical"):
+        make_config({"mode": "kstep", "delay": 1})
