@@ -11,8 +11,9 @@ import pytest
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Submit
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # torch is imported up to twelve times in a test
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # torch is imported up to six times in a test
 
+ONE = ("--cpus-per-rank", 1)  # one thread each: all the nodes share this machine's cores
 TRAIN = ("--", "train", "--data", "digits", "--model", "mlp")
 
 
@@ -22,7 +23,7 @@ def _result(folder: Path) -> dict[str, Any]:
 
 def test_a_preempted_job_comes_to_the_same_result(submit: Submit, slurm: Cluster) -> None:
     """Two nodes, preempted by a higher partition in the middle; against the same job left alone."""
-    flags = ("--nodes", 2, "--ranks-per-node", 2, *TRAIN, "--mode", "sync", "--epochs", 20, "--base", "adam", "--lr", 0.001)
+    flags = ("--nodes", 2, "--ranks-per-node", 1, *ONE, *TRAIN, "--mode", "sync", "--epochs", 20, "--base", "adam", "--lr", 0.001)
     job = submit(*flags)
     metrics = job.folder / "metrics.jsonl"
     slurm.until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, "epochs", 120, job.output)
@@ -41,7 +42,7 @@ def test_a_preempted_job_comes_to_the_same_result(submit: Submit, slurm: Cluster
 
 
 def test_an_array_trains_one_seed_per_element(submit: Submit) -> None:
-    job = submit("--nodes", 1, "--ranks-per-node", 1, "--array", "1,4", *TRAIN, "--mode", "kstep", "--epochs", 1)
+    job = submit("--nodes", 1, "--ranks-per-node", 1, "--array", "1,4", *ONE, *TRAIN, "--mode", "kstep", "--epochs", 1)
     job.slurm.until(lambda: not job.slurm.run(["squeue", "-h", "-j", str(job.number)], check=False).stdout, "end", 120)
     results = {seed: _result(job.folder / str(seed)) for seed in (1, 4)}
     assert [results[seed]["seed"] for seed in (1, 4)] == [1, 4]
@@ -63,7 +64,7 @@ def test_a_wrong_process_manager_is_refused(submit: Submit, slurm: Cluster) -> N
 
 
 def test_the_doctor_sees_what_a_job_gets(submit: Submit) -> None:
-    job = submit("--nodes", 2, "--ranks-per-node", 1, "--", "doctor", "--json")
+    job = submit("--nodes", 2, "--ranks-per-node", 1, *ONE, "--", "doctor", "--json")
     assert job.wait() == "COMPLETED", job.output()
     (text,) = [line for line in job.output().splitlines() if line.startswith("{")]
     lines = {line["check"]: line for line in json.loads(text)["lines"]}
