@@ -15,6 +15,7 @@ from hpcasync.comm.progress_choice import PROGRESS
 from hpcasync.docstrings import attributes_of
 from hpcasync.errors import UsageError, unknown
 from hpcasync.modes.block import BLOCK_KEYS, BlockOptions, check_delay
+from hpcasync.modes.interval import parse_every
 from hpcasync.modes.presets import PRESETS, preset_options
 
 MODES = ("async", "sync", "kstep", "hierarchical")
@@ -219,6 +220,7 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
         for key in [k for k in ("checkpoint_every", "resume") if k in keys]:
             raise UsageError(f"--{key.replace('_', '-')}: mode hierarchical has no checkpoints yet; leave it out")
     if mode in _BLOCK:
+        parse_every(keys.get("every", 1), "--every")
         check_delay(keys.get("delay", 0), BlockOptions(**{k: keys[k] for k in BLOCK_KEYS if k in keys}))
     rule_names = {o.name for o in rule_options()}
     options = {k: keys.pop(k) for k in list(keys) if k in rule_names}
