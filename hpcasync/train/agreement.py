@@ -46,6 +46,10 @@ class Agreement:
         stop = bool(signals.received())
         return Decision(stop, due or stop, end)
 
+    def asked_to_stop(self) -> bool:
+        """At the end of an epoch: whether all ranks stop here; for ranks that meet there anyhow. Collective."""
+        return False
+
     def close(self) -> None:
         """Leave the others. Collective."""
 
@@ -53,7 +57,7 @@ class Agreement:
 class InStep(Agreement):
     """For ranks that make the same steps together: saves are due on all at the same step, and signals are asked for in
     one small allreduce about four times a second, right after a step (sync) or an average (kstep) that was collective
-    anyhow. How many steps that is follows from the slowest rank's pace, so that all ranks ask at the same step.
+    anyhow, and at the end of an epoch. How many steps that is follows from the slowest rank's pace, so that all ranks ask at the same step.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -70,6 +74,10 @@ class InStep(Agreement):
     def decide(self, due: bool, end: bool = False) -> Decision:
         return Decision(self._stop, due or self._stop, end)
 
+    def asked_to_stop(self) -> bool:
+        self._ask()
+        return self._stop
+
     def close(self) -> None:
         self._comm.Free()
 
@@ -80,10 +88,12 @@ class InStep(Agreement):
             self._averages = self.mode.averages
         self._ticks += 1
         self._next -= 1
-        if self._next:
-            return
+        if self._next == 0:
+            self._ask()
+
+    def _ask(self) -> None:
         now = time.perf_counter()
-        mine = np.array([bool(signals.received()), (now - self._began) / self._ticks])
+        mine = np.array([bool(signals.received()), (now - self._began) / max(self._ticks, 1)])
         both = np.empty_like(mine)
         _wait(self._comm.Iallreduce(mine, both, op=_max()))
         self._ticks, self._began = 0, now

@@ -60,12 +60,15 @@ class Keeper:
         return self._meet(due).stop
 
     def end_of_epoch(self) -> bool:
-        """Mode async: wait for those that still work on their epoch, saving with them; whether to stop. Collective."""
+        """Whether to stop. Mode async: waits for those that still work on their epoch, saving with them. Collective."""
         while self._kept and isinstance(self._run.mode, Async):
             decision = self._meet(False, end=True)
             if decision.stop or decision.end:
                 return decision.stop
-        return False
+        if not self._agreement.asked_to_stop():
+            return False
+        self._save(must=True)
+        return True
 
     def after_epoch(self) -> None:
         """Save if epochs are what is saved after, or if the run is over. Collective."""
