@@ -57,7 +57,8 @@ class Agreement:
 class InStep(Agreement):
     """For ranks that make the same steps together: saves are due on all at the same step, and signals are asked for in
     one small allreduce about four times a second, right after a step (sync) or an average (kstep) that was collective
-    anyhow, and at the end of an epoch. How many steps that is follows from the slowest rank's pace, so that all ranks ask at the same step.
+    anyhow, and at the end of an epoch. How many steps that is follows from the slowest rank's pace, so that all ranks
+    ask at the same step.
     """
 
     def __init__(self, mode: Mode) -> None:

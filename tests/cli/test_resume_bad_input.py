@@ -125,6 +125,8 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(mpirun: MpiRun) -> None
         subprocess.run(["umount", disk], check=True)
 
 
+# Open MPI starts no process by itself from inside another job.
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
 def test_launched_twice_at_the_same_time(mpirun: MpiRun) -> None:
     code = """
     import subprocess, sys
