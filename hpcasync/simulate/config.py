@@ -135,7 +135,7 @@ def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
             if key in mine:
                 raise UsageError(f"--{key} is the size of a dry simulation; give --dry too")
     _like_workers(mine)
-    base = _base_config(keys, mine.get("workers", SimulateConfig.workers))
+    base = {k: v for k, v in _base_config(keys, mine.get("workers", SimulateConfig.workers)).items() if k not in own}
     config = SimulateConfig(**(base | mine))
     _ = config.cluster  # raises for what does not parse
     if mode == "hierarchical" and config.groups > config.workers:
