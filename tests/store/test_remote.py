@@ -154,7 +154,9 @@ def run(mpirun: MpiRun, n: int, nodes: int, body: str, timeout: float = 150, **o
 
 
 def test_two_hosts(two_hosts: HostsRun) -> None:
-    run(two_hosts, 4, 2, COUNTS + READER + BOUND)
+    # Open MPI 5.0.11 over TCP has hung in MPI_Put with a bound (docs/mpi.md); Async warns there.
+    bound = BOUND if two_hosts.lane.name == "mpich" else ""
+    run(two_hosts, 4, 2, COUNTS + READER + bound)
 
 
 @pytest.mark.slow
