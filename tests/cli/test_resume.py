@@ -185,9 +185,10 @@ def test_a_finished_run_resumed_gives_its_result_again_and_more_epochs_go_on(mpi
 
 
 LAUNCHER = """
+import glob
 import os, signal, subprocess, sys, time
 job = subprocess.Popen(sys.argv[2:])
-while not os.path.exists("run/checkpoint-000001.h5") and job.poll() is None:
+while not glob.glob("run/checkpoint-*.h5") and job.poll() is None:
     time.sleep(0.05)
 job.send_signal(getattr(signal, sys.argv[1]))
 print("CODE", job.wait())
