@@ -2,7 +2,8 @@
 
 Both sides train their own copy of the same model on the same batch, in short blocks in turn, with the same
 number of torch threads. Small model (LeNet-5): the whole step, where overhead per step counts. Large model
-(25 M): the optimizer's `step()` alone, where the memory traffic counts.
+(25 M): the optimizer's `step()` alone, where the memory traffic counts. `step log` is what the record of the steps'
+seconds in `run.h5` costs a step of `hpcasync train`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BATCH = 64
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--threads", type=int, help="threads of both sides (default: the cores)")
-    parser.add_argument("--models", nargs="+", choices=["lenet5", "large"], default=["lenet5", "large"])
+    parser.add_argument("--models", nargs="+", choices=["lenet5", "large", "log"], default=["lenet5", "large", "log"])
     parser.add_argument("--bases", nargs="+", choices=list(BASES), default=list(BASES))
     args = parser.parse_args()
     import hpcasync
@@ -39,6 +40,9 @@ def main() -> None:
     about["threads"] = world.threads
     report = Report()
     for model in args.models:
+        if model == "log":
+            log(world, report, args.rounds or (5 if args.quick else 60), 5 if args.quick else 100)
+            continue
         for base in args.bases:
             torch.manual_seed(0)
             if model == "lenet5":
@@ -80,6 +84,30 @@ def small(world, report: Report, base: str, rounds: int, block: int) -> None:
     title = {"model": "lenet5", "optimizer": base, "threads": world.threads, "measured": "whole step"}
     report.case(title, times, [Ratio("Async", "torch", 1.05)])
     both["Async"][1].close()
+
+
+def log(world, report: Report, rounds: int, block: int) -> None:
+    """What `StepLog` adds to a step: the smallest job, the default one, and LeNet-5."""
+    import hpcasync
+    from hpcasync.models import build
+    from hpcasync.train.step_log import StepLog
+
+    for name, shape, batch in (("logistic", (1, 8, 8), 16), ("mlp", (1, 8, 8), 32), ("lenet5", (1, 28, 28), 32)):
+        x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+        model = build(name, shape, 10)
+        opt = hpcasync.Async(model, hpcasync.rules.ASGD(), world=world)
+        opt.share.start()
+        steps = StepLog(opt.share)
+
+        def step(model=model, opt=opt, x=x, y=y) -> None:
+            opt.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+
+        times = interleave({"Async": timed(step, block), "step log": timed(steps.step, block)}, rounds, warm_up=2)
+        title = {"model": name, "pixels": shape[1] * shape[2], "batch": batch, "threads": world.threads}
+        report.case(title | {"measured": "step log"}, times, [Ratio("step log", "Async", 0.01)])
+        opt.close()
 
 
 def large(world, report: Report, base: str, width: int, rounds: int) -> None:

@@ -103,7 +103,8 @@ class Rule:
 
     Attributes:
         lr: learning rate, > 0; ``None`` takes the default of the base.
-        base: base step, one of ``BASES``; each follows the torch optimizer of that name.
+        base: base step: sgd, momentum, nesterov, ema, rmsprop, adagrad, adam, adamw or amsgrad; all but ema follow the torch
+            optimizer of that name.
         momentum: decay of the momentum buffer (momentum, nesterov, ema), in [0, 1).
         alpha: decay of RMSProp's squared average, in [0, 1).
         betas: decays of Adam's moments, each in [0, 1).

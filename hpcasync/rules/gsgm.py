@@ -44,6 +44,8 @@ class GSGM(Rule):
     (arXiv 1902.07848), abstract. All formulas are our RECONSTRUCTION; see docs/algorithms.md.
 
     Attributes:
+        momentum: mu, decay of the global momentum, in [0, 1). 0.5, not torch's 0.9: no source gives a value, and 0.9 was below
+            0.5 in every main cell of our table (docs/results.md).
         average: mean of the last M gradients, ``"window"``; of this round's so far, ``"round"``; of M, once, ``"groups"``.
         window: M, gradients in the window or group, 1 .. workers; None takes the number of workers.
         out_of_turn: a worker whose turn is used ``"hold"``s its gradient and waits, or ``"discard"``s it and goes on.
@@ -55,6 +57,7 @@ class GSGM(Rule):
     in_turn: ClassVar[bool] = True
 
     base: str = "ema"
+    momentum: float = 0.5
     average: str = "window"
     window: int | None = None
     out_of_turn: str = "hold"

@@ -55,6 +55,12 @@ def test_one_rule(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in out, out
 
 
+def test_a_default_of_its_own_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "gsgm", "--json"]) == 0
+    default, text = json.loads(capsys.readouterr().out)[0]["options"]["momentum"]
+    assert default == 0.5 and "no source gives a value" in text
+
+
 @pytest.mark.parametrize("name", ["sync", "bmuf", "mlp", "digits"])
 def test_one_of_each_kind(capsys: pytest.CaptureFixture[str], name: str) -> None:
     assert main(["list", name]) == 0

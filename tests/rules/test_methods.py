@@ -100,11 +100,11 @@ SAME = [
     (DCASGD(compensation=0.0, adaptive=True, **OPTIONS), ASGD(**OPTIONS)),
     (APAM(**OPTIONS), ASGD(base="amsgrad", **OPTIONS)),
     (Hogwild(base="momentum", **OPTIONS), ASGD(base="momentum", **OPTIONS)),
-    (GSGM(**OPTIONS), ASGD(base="ema", **OPTIONS)),  # P = 1, M = 1: momentum SGD with the factor 1 - mu
-    (GSGM(base="momentum", **OPTIONS), ASGD(base="momentum", **OPTIONS)),
-    (GSGM(base="momentum", average="round", **OPTIONS), ASGD(base="momentum", **OPTIONS)),
-    (GSGM(window=1, **OPTIONS).bind(4), ASGD(base="ema", **OPTIONS)),
-    (GSGM(window=1, average="groups", **OPTIONS).bind(4), ASGD(base="ema", **OPTIONS)),
+    (GSGM(**OPTIONS), ASGD(base="ema", momentum=0.5, **OPTIONS)),  # P = 1, M = 1: momentum SGD with the factor 1 - mu
+    (GSGM(base="momentum", momentum=0.9, **OPTIONS), ASGD(base="momentum", **OPTIONS)),
+    (GSGM(base="momentum", average="round", **OPTIONS), ASGD(base="momentum", momentum=0.5, **OPTIONS)),
+    (GSGM(window=1, **OPTIONS).bind(4), ASGD(base="ema", momentum=0.5, **OPTIONS)),
+    (GSGM(window=1, average="groups", **OPTIONS).bind(4), ASGD(base="ema", momentum=0.5, **OPTIONS)),
 ]
 
 

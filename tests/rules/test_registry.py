@@ -45,6 +45,7 @@ def test_every_rule_takes_every_base(name: str, base: str) -> None:
 def test_options_and_defaults() -> None:
     assert options_of("asgd")["base"] == "sgd" and "variant" not in options_of("asgd")
     assert options_of("trend-smooth")["variant"] == "consistency"
+    assert {n for n in RULES if options_of(n)["momentum"] != 0.9} == {"gsgm"} and make_rule("gsgm").momentum == 0.5
     rule = make_rule("trend-smooth", {"base": "adam", "beta": 0.5, "betas": [0.8, 0.9], "floor": None})
     assert (rule.beta, rule.betas, rule.floor) == (0.5, (0.8, 0.9), options_of("trend-smooth")["floor"])  # type: ignore[attr-defined]
 
