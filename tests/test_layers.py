@@ -16,7 +16,7 @@ LAYERS = [
     {"store"},
     {"modes"},
     {"train"},
-    {"simulate", "slurm", "doctor"},
+    {"simulate", "replay", "slurm", "doctor"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

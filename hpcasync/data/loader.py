@@ -59,6 +59,9 @@ class Loader:
 
     After each full pass the epoch advances by itself; `set_epoch` sets it. Leaving a pass early and starting
     a new one begins the same epoch again; only `load_state_dict` continues in the middle.
+
+    Attributes:
+        taken: the samples of the batch handed out last.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Loader:
         self.seed = check_number("seed", seed, 0)
         self.shuffle = shuffle
         self.epoch = 0
+        self.taken: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, np.int64)
         self._position = 0  # batches of this epoch already handed out
         self._resume = 0  # where the next pass starts: not 0 only after load_state_dict
         bounds(len(self.samples), self.rank, self.size)
@@ -133,6 +137,7 @@ class Loader:
             x, y = self.samples.batch(indices)
             # Before the yield: a state saved after this batch was used is after this batch.
             self._position += 1
+            self.taken = indices
             yield x, y
         self.epoch += 1
         self._position = 0

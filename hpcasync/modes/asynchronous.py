@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import time
 import warnings
 from typing import Any
 
@@ -16,9 +17,10 @@ from hpcasync.errors import UsageError
 from hpcasync.modes.base import Closure, Mode, OnNonfinite
 from hpcasync.modes.finite import FiniteCheck
 from hpcasync.modes.flat import FlatParameters, Source, check_dtypes, flat_grad, groups_of
+from hpcasync.modes.recorder import Event, Recorder
 from hpcasync.rules import Rule
 from hpcasync.rules.base import between
-from hpcasync.store import IDLE, LocalStore, RemoteStore, Store, WindowStore, make_layout, shard_size
+from hpcasync.store import IDLE, LocalStore, RemoteStore, Store, WindowStore, aligned_zeros, make_layout, shard_size
 from hpcasync.store.layout import SHARD_ELEMENTS, Layout
 
 
@@ -52,6 +54,10 @@ class Async(Mode):
         progress: ``"thread"`` (a thread of each rank), ``"host-rank"`` (the ranks that ``init(host_ranks=...)`` set aside)
             or ``"library"`` (MPI needs no help); None finds out at the start and says so.
 
+    Attributes:
+        recorder: told of every meeting of this rank with the store, None for nobody.
+        shard_elements: what ``make_layout`` was given.
+
     Raises:
         UsageError: no trainable parameter, a parameter that is not float32, options out of range, ranks that disagree.
     """
@@ -83,6 +89,7 @@ class Async(Mode):
         self.rule = rule = rule.bind(self.world.size)
         self._bound = rule.default_staleness if staleness is None else int(staleness)
         self.discarded = 0
+        self.recorder: Recorder | None = None
         self._stall_seconds = stall_seconds
         agree(
             self.world,
@@ -101,6 +108,7 @@ class Async(Mode):
         sizes, several = [p.numel() for p in self.params], self.world.nodes > 1
         size = shard_size(sizes, self.world.nodes) if several else SHARD_ELEMENTS * (16 if self._one else 1)
         layout = make_layout(sizes, size)
+        self.shard_elements = size
         threads = self.world.threads
         self.progress = chosen_progress(self.world, progress)
         self.store: Store = self._make_store(layout, threads)
@@ -108,7 +116,8 @@ class Async(Mode):
         self.staleness = self._worker.staleness
         # With one rank on a CPU the model lives in the store; otherwise in this rank's own flat copy.
         aliased = self._one and device.type == "cpu" and not rule.own_copy
-        self._out = self.store.state[0] if aliased else np.zeros(layout.total, np.float32)
+        # Aligned as torch aligns its own: the bits of a product may depend on it, and a replay must find the same.
+        self._out = self.store.state[0] if aliased else aligned_zeros(1, layout.total)[0]
         buffer = torch.from_numpy(self._out) if device.type == "cpu" else torch.zeros(layout.total, device=device)
         self._flat = FlatParameters(self.params, names, layout, buffer)
         self._publish()
@@ -160,9 +169,9 @@ class Async(Mode):
             self._push(grads)
         else:
             self._nonfinite(f"rank {self.world.rank}")
-            self._timed(self._skip)
+            self._timed(self._skip, Event.SKIP)
         if self._bound is not None and not self._one:
-            self._timed(lambda: self._wait_for_slower(seen))
+            self._timed(lambda: self._wait_for_slower(seen), Event.GATE)
         self._to_device()
         return loss
 
@@ -176,6 +185,7 @@ class Async(Mode):
         """
         self._check_open()
         self.share.start()
+        began, waited = time.perf_counter(), self.share.wait
         rank = self.world.rank
         mine = int(self.store.clocks[rank])
         self.store.set_clock(rank, IDLE)
@@ -190,6 +200,8 @@ class Async(Mode):
         self.store.set_excused(rank, 0)
         self._barrier()
         self.share.stop()
+        if self.recorder is not None:
+            self.recorder.event(Event.SYNC, began, self.share.wait - waited)
 
     def publish(self) -> None:
         """Make rank 0's model the shared one, on all ranks, after changing it by hand. Collective."""
@@ -254,9 +266,12 @@ class Async(Mode):
     def _push(self, grads: list[np.ndarray | None]) -> None:
         if self.rule.in_turn and not self._one and not self._take_turn():
             self.discarded += 1
-            self._timed(self._read)
+            self._timed(self._read, Event.DISCARD)
             return
-        self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, self._hypers()))
+        hypers = self._hypers()
+        if self.recorder is not None:
+            self.recorder.pushing(grads, hypers, int(self.store.clocks[self.world.rank]))
+        self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, hypers), Event.PUSH)
         self.updates += 1
 
     def _take_turn(self) -> bool:
@@ -270,7 +285,7 @@ class Async(Mode):
                 self._worker, hold=hold, patience=rule.patience, stalled=self._stalled, every=self._stall_seconds
             )
 
-        self._timed(work)
+        self._timed(work, Event.TURN)
         return took
 
     def _read(self) -> None:
@@ -317,14 +332,16 @@ class Async(Mode):
             stacklevel=2,
         )
 
-    def _timed(self, work: Any) -> None:
+    def _timed(self, work: Any, kind: Event | None = None) -> None:
         """Run ``work``; its time counts as communication, less what the store spent waiting."""
-        waited = self._worker.waited
+        began, waited = time.perf_counter(), self._worker.waited
         with self.share.phase("communicate"):
             work()
         waited = self._worker.waited - waited
         self.share.add("wait", waited)
         self.share.add("communicate", -waited)
+        if self.recorder is not None and kind is not None:
+            self.recorder.event(kind, began, waited)
 
     def _notice_changes(self) -> None:
         """Keep parameters views of the flat buffer; warn when a change by hand is about to be lost."""

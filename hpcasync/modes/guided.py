@@ -44,6 +44,7 @@ class Guided:
         gradients: gradients of this rank for replays.
         replays: updates of this rank that were replays; around `Sync` those of other ranks' batches too.
         last_replayed: numbers of the steps, from 1, whose batches this rank has replayed last, in their order.
+        replaying: number of the step whose batch is being replayed just now, 0 for none.
 
     Raises:
         UsageError: another mode, rho below 2, or ranks that disagree on it.
@@ -64,6 +65,7 @@ class Guided:
         self.rho = rho
         self.evaluations = self.gradients = self.replays = 0
         self.last_replayed: tuple[int, ...] = ()
+        self.replaying = 0
         self._loss = loss
         self._verification = verification
         self._steps = 0
@@ -120,7 +122,9 @@ class Guided:
         chosen = memory.take()
         for i in range(self._most(len(chosen), most_replays(memory.rho))):
             if i < len(chosen):
-                self._update(chosen[i][1])
+                self.replaying, batch = chosen[i]
+                self._update(batch)
+                self.replaying = 0
                 self.gradients += 1
             else:
                 self.mode.zero_grad()

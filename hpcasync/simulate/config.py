@@ -39,7 +39,7 @@ SIMULATE_OPTIONS = (
 """What a simulation has beside the options of a run."""
 
 _LEAST = {"workers": 1, "groups": 1, "delay": 0, "eval_updates": 1, "updates": 1, "parameters": 1}
-_LIVE_ONLY = ("device", "checkpoint_every", "keep", "resume")
+_LIVE_ONLY = ("device", "checkpoint_every", "keep", "resume", "record")
 _DRY = ("updates", "parameters")
 
 

@@ -81,6 +81,7 @@ OPTIONS = (
            "(default: at the end of every epoch)"),
     Option("keep", int, 2, "checkpoints that are kept, the newest ones"),
     Option("resume", str, None, "auto: from the newest good checkpoint in --output, if there is one; or a checkpoint's path"),
+    Option("record", bool, False, "record every step, for replay and timeline; runs of mode async can be replayed bit for bit"),
     Option("output", str, None, "folder of the run (default: runs/<time>-<name>)"),
     Option("name", str, None, "name of the run (default: data-model-mode)"),
 )  # fmt: skip
@@ -153,6 +154,7 @@ class TrainConfig:
     checkpoint_every: int | None = None
     keep: int = 2
     resume: str | None = None
+    record: bool = False
     output: str | None = None
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)

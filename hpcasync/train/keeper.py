@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Hierarchical
+from hpcasync.modes.recorder import Event
 from hpcasync.modes.state import idle
 from hpcasync.train import signals
 from hpcasync.train.agreement import Agreement, Decision, make_agreement
@@ -98,7 +99,8 @@ class Keeper:
 
     def _meet(self, due: bool, end: bool = False) -> Decision:
         with idle(self._run.mode):
-            decision = self._agreement.decide(due, end)
+            with self._run.span(Event.MEET):
+                decision = self._agreement.decide(due, end)
             if decision.save:
                 self._save(must=decision.stop)
         return decision
@@ -112,7 +114,8 @@ class Keeper:
         path = Path(run.world.gather(str(next_checkpoint(self._folder.path)) if self._folder is not None else "")[0])
         try:
             self._check_lock()
-            save_checkpoint(path, run.mode, facts=self._facts(), **self._parts())
+            with run.span(Event.CHECKPOINT):
+                save_checkpoint(path, run.mode, facts=self._facts(), **self._parts())
         except UsageError as error:
             if must:
                 raise UsageError(f"stopped without a new checkpoint: {error}") from error

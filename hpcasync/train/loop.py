@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Guided, Hierarchical, KStep, Mode, Sync
 from hpcasync.modes.block import BLOCK_KEYS
 from hpcasync.modes.local import bind_alone, torch_optimizer
+from hpcasync.modes.recorder import Event
 from hpcasync.rules import make_rule
 from hpcasync.stats import Staleness
 from hpcasync.train import signals
@@ -29,6 +30,7 @@ from hpcasync.train.evaluate import evaluate
 from hpcasync.train.keeper import Keeper
 from hpcasync.train.outcome import Outcome, guided_record, rank_record, result_of
 from hpcasync.train.progress import Progress
+from hpcasync.train.record import Record
 from hpcasync.train.records import RunFolder
 from hpcasync.train.resume import check_run, find
 from hpcasync.train.step_log import StepLog
@@ -89,10 +91,18 @@ def _train(
         if config.resume is not None:
             rows = source.facts["rows"] if source is not None else []
             _together(world, lambda: folder.begin(rows) if folder is not None else None)
+        if config.record:
+            try:
+                run.begin_record(path, keeper)
+            except UsageError:
+                mode.close()
+                raise
         stopped = run.epochs(keeper)
     if stopped:
         keeper.close()
         mode.close()
+        if run.record is not None:
+            run.record.close()
         about = {"epoch": run.epoch, "step": run.step, "checkpoint": keeper.newest, "restarts": keeper.restarts}
         return Outcome({"stopped": stopped, **about}, [], path, stopped)
     keeper.close()
@@ -106,6 +116,8 @@ def _train(
         result["reset"] = list(keeper.reset)
     if run.guided is not None:
         result["guided"] = guided_record(run.guided, world)
+    if run.record is not None:
+        result |= run.record.close(model)
     _together(world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None)
     return Outcome(result, ranks, path)
 
@@ -145,6 +157,7 @@ class Run:
         steps: steps of this rank in all.
         samples: samples of this rank in all.
         row: the last evaluation.
+        record: with ``--record``.
     """
 
     def __init__(
@@ -171,6 +184,27 @@ class Run:
         self.loss, self.seen = 0.0, 0  # of the present epoch: sum of the losses of its samples, and their number
         self.row: dict[str, float] = {}
         self.log = StepLog(mode.share)
+        self.record: Record | None = None
+        self._recorded: dict[str, Any] | None = None  # of the checkpoint that the run goes on from
+
+    def begin_record(self, folder: Path, keeper: Keeper) -> None:
+        """Record from here on, after what was recorded before the checkpoint. Collective.
+
+        Raises:
+            UsageError: the same on every rank: see `Record`; or the checkpoint can't be gone on from with a record.
+        """
+        mode, resumed = self.mode, bool(keeper.resumed_from)
+        across = isinstance(mode, Async) and mode.world.nodes > 1 and mode.rule.in_turn  # the rounds begin anew
+        if resumed and (self._recorded is None or self._recorded["full"] or keeper.reset or across):
+            raise UsageError(
+                f"--record: {keeper.resumed_from} can't be gone on from with a record, which has to be whole from the first step "
+                "on, with the same ranks; leave --record out, or start anew"
+            )
+        self.record = Record(self, folder, self._recorded)
+
+    def span(self, kind: Event) -> AbstractContextManager[None]:
+        """What is done inside is recorded as one event."""
+        return nullcontext() if self.record is None else self.record.span(kind)
 
     def epochs(self, keeper: Keeper) -> str:
         """Train what is left of the epochs, evaluate after every ``eval_every``-th and after the last.
@@ -186,20 +220,25 @@ class Run:
             self.log.meeting()
             self.samples += self.seen
             if self.epoch % self.config.eval_every == 0 or self.epoch == last:
-                self._evaluate(self.epoch, np.array([self.loss, self.seen]))
+                with self.span(Event.EVALUATE):
+                    self._evaluate(self.epoch, np.array([self.loss, self.seen]))
             self.epoch, self.step, self.loss, self.seen = self.epoch + 1, 0, 0.0, 0
             keeper.after_epoch()
         return ""
 
     def _epoch(self, keeper: Keeper) -> bool:
         """What is left of an epoch; whether to stop."""
-        device = self.world.device
+        device, record = self.world.device, self.record
         if self.step == len(self.batches):  # resumed at its end
             return False
         self.batches.set_epoch(self.epoch - 1)
         self.mode.share.start()
         self.log.begin()
+        if record is not None:
+            record.starts()
         for x, y in self.batches:
+            if record is not None:
+                record.step_begins(self.batches.taken)
             batch = x.to(device), y.to(device)
             if self.guided is not None:
                 loss = self.guided.step(batch)
@@ -217,6 +256,8 @@ class Run:
             self.steps += 1
             self.progress.step(self.epoch, self.step, value)
             self.log.step()
+            if record is not None:
+                record.step_ends(value)
             if keeper.after_step():
                 return True
         return False
@@ -253,6 +294,7 @@ class Run:
             "share": (share.seconds, share.communicate, share.wait),
             "own": own,
             "everyone": self.world.gather(own),
+            "record": None if self.record is None else self.record.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -263,6 +305,7 @@ class Run:
         self.mode.staleness.counts = state["own"]["counts"].copy()
         self.samples = state["own"]["samples"]
         self._everyone = state["everyone"]
+        self._recorded = state.get("record")
 
     def on_other_ranks(self) -> tuple[str, ...]:
         """After loading the state of a run on another number of ranks: begin the epoch again, keep the totals.

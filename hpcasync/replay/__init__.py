@@ -1,0 +1,1 @@
+"""What a recorded run gives: its replay in one process, the comparison of two runs, a timeline."""

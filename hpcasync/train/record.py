@@ -1,0 +1,286 @@
+"""Records a run while it goes on: what every rank did and when, enough to replay an asynchronous one bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+import time
+import uuid
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from hpcasync.comm import raise_together
+from hpcasync.errors import UsageError
+from hpcasync.kernels import HYPER
+from hpcasync.modes import Async
+from hpcasync.modes.batch_memory import most_replays
+from hpcasync.modes.recorder import Event
+from hpcasync.train.code_version import code_version
+from hpcasync.train.record_file import COUNTED, RankFile, rank_path, read_rank
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hpcasync.train.loop import Run
+
+EVENTS, STEPS, SAMPLES, HYPERS = range(len(COUNTED))
+
+
+class Record:
+    """Records one rank of a run; costs about ten microseconds per step. Constructor and ``close`` are collective.
+
+    Rows are written through a memory map, so that a rank that is killed leaves all it has written. What does not fit on the
+    disk ends the record with a warning, not the run.
+
+    Args:
+        run: about to make its first step.
+        folder: of the run.
+        resumed: what ``state_dict`` gave on this rank when the checkpoint was made, None for a fresh run.
+
+    Raises:
+        UsageError: the same on every rank: a file can't be made; or the run that goes on has no record on some rank.
+    """
+
+    def __init__(self, run: Run, folder: Path, resumed: dict[str, Any] | None = None) -> None:
+        mode, world = run.mode, run.world
+        self._run, self._share, self._guided = run, mode.share, run.guided
+        self._full = False
+        self._digests = isinstance(mode, Async) and mode.mode == "async"
+        layout = mode.store.layout if isinstance(mode, Async) and self._digests else None
+        self._read = mode._worker.read if isinstance(mode, Async) and layout is not None else np.zeros(1, np.int64)
+        self._last = np.zeros_like(self._read)  # as in the last event
+        self._params = [[p.param for p in s.pieces] for s in layout.shards] if layout is not None else []
+        sizes = [len(group["params"]) for group in mode.param_groups]
+        self._group_starts = np.cumsum([0, *sizes[:-1]])
+        self._hypers = np.full((len(sizes), len(HYPER)), np.nan)
+        self._pushed: tuple[int, np.ndarray | None] = (0, None)  # clock, shards that were only read
+        path, problem, kept = rank_path(folder, world.rank), None, None
+        offsets = world.gather((world.node, time.time() - time.perf_counter(), uuid.uuid4().hex))
+        token, epoch = offsets[0][2], next(offset for node, offset, _ in offsets if node == world.node)
+        try:
+            if resumed is not None:
+                kept = read_rank(path, world.rank)
+            arrays = {"random": torch.get_rng_state().numpy() if kept is None else kept.random}
+            facts = self._facts(token, epoch) if kept is None else kept.facts
+            self._shift = epoch - facts["epoch_of_times"]  # from this process's clock to that of the record's first rows
+            self.file = RankFile(path, self._most(kept is not None), facts, arrays, len(self._params), self._hypers.shape)
+            if kept is not None and resumed is not None:
+                self._keep(kept, resumed["counts"])
+        except UsageError as error:
+            problem = str(error)
+        raise_together(world, problem)
+        if isinstance(mode, Async) and layout is not None:
+            mode.recorder = self
+        self._mark = self._began = time.perf_counter()
+        self._pull = 0.0
+        self._before = self._times()
+        if resumed is not None:
+            self.event(Event.RESUME, self._mark, 0.0)
+
+    # Of a step.
+
+    def starts(self) -> None:
+        """An epoch's first step begins now."""
+        self._mark, self._before, self._pull = time.perf_counter(), self._times(), 0.0
+
+    def step_begins(self, taken: np.ndarray) -> None:
+        """The gradient on the samples ``taken`` is about to be computed; loading them belongs to the step."""
+        if self._full:
+            return
+        file, size = self.file, len(taken)
+        if not (file.room("steps", 1) and file.room("samples", size)):
+            self._give_up()
+            return
+        row, first = int(file.counts[STEPS]), int(file.counts[SAMPLES])
+        file.samples[first : first + size] = taken
+        file.steps[row] = (self._mark + self._shift, np.nan, np.nan, np.nan, np.nan, np.nan, np.nan, size, first)
+        file.counts[SAMPLES] = first + size
+        file.counts[STEPS] = row + 1
+
+    def step_ends(self, loss: float) -> None:
+        """The step is over."""
+        if self._full:
+            return
+        now, times, before = time.perf_counter(), self._times(), self._before
+        communicate, wait = times[0] - before[0], times[1] - before[1]
+        row = self.file.steps[int(self.file.counts[STEPS]) - 1]
+        spent = now - self._mark
+        row["compute"], row["wait"] = spent - communicate - wait, wait
+        row["apply"], row["pull"] = communicate - self._pull, self._pull
+        row["loss"], row["end"] = loss, now + self._shift
+        self._mark, self._before, self._pull = now, times, 0.0
+
+    # Of the mode: see ``hpcasync.modes.recorder``.
+
+    def pushing(self, grads: Sequence[np.ndarray | None], hypers: Sequence[np.ndarray], clock: int) -> None:
+        only_read = None
+        if any([g is None for g in grads]):
+            only_read = np.array([all(grads[p] is None for p in params) for params in self._params])
+        self._pushed = clock, only_read
+        now = np.array([hypers[i] for i in self._group_starts])
+        if self._full or np.array_equal(now, self._hypers):
+            return
+        if not self.file.room("hypers", 1):
+            self._give_up()
+            return
+        self._hypers = now
+        row = int(self.file.counts[HYPERS])
+        self.file.hypers[row] = now
+        self.file.counts[HYPERS] = row + 1
+
+    def event(self, kind: Event, began: float, waited: float) -> None:
+        now = time.perf_counter()
+        file = self.file
+        if self._full or (kind in (Event.GATE, Event.TURN) and not waited and np.array_equal(self._read, self._last)):
+            return
+        if not file.room("events", 1):
+            self._give_up()
+            return
+        index = int(file.counts[EVENTS])
+        row = file.events[index]
+        row["kind"], row["begin"], row["end"], row["waited"] = kind, began + self._shift, now + self._shift, waited
+        step = int(file.counts[STEPS])
+        row["step"] = step
+        row["versions"] = self._read
+        row["digest"] = self._digest() if kind is Event.SYNC else 0
+        row["batch"] = 0
+        if kind in (Event.PUSH, Event.SKIP, Event.DISCARD):
+            row["batch"] = self._guided.replaying or step if self._guided is not None else step
+        if kind is Event.PUSH:
+            row["clock"], only_read = self._pushed
+            row["hyper"] = int(file.counts[HYPERS]) - 1
+            if only_read is not None:
+                versions = row["versions"]
+                versions[only_read] = ~versions[only_read]
+        elif kind in (Event.SKIP, Event.DISCARD, Event.GATE):
+            self._pull += now - began - waited
+        file.counts[EVENTS] = index + 1
+        self._last[:] = self._read
+
+    @contextmanager
+    def span(self, kind: Event) -> Iterator[None]:
+        """Record what is done meanwhile as one event."""
+        began, waited = time.perf_counter(), self._share.wait
+        yield
+        self.event(kind, began, self._share.wait - waited)
+
+    # Of checkpoints.
+
+    def state_dict(self) -> dict[str, Any]:
+        """How much has been recorded; all of it is on the disk then."""
+        self.file.flush()
+        return {"counts": self.file.counts[: len(COUNTED)].tolist(), "full": self._full}
+
+    def close(self, model: nn.Module | None = None) -> dict[str, Any]:
+        """Write the file in its final form.
+
+        Args:
+            model: at the end of the run; None for a run that stopped before.
+
+        Returns:
+            Facts for the run's result.
+        """
+        mode = self._run.mode
+        if isinstance(mode, Async):
+            mode.recorder = None
+        final = None if model is None else model_arrays(model)
+        digest = "" if final is None else arrays_digest(final)
+        facts = None if final is None else {"parameters_sha256": digest, "full": self._full}
+        try:
+            self.file.close(final if self._run.world.rank == 0 else None, facts)
+        except UsageError as error:
+            print(f"hpcasync: warning: {error}. The record stays in its longer form", file=sys.stderr, flush=True)
+            self.file.leave()
+        return {"parameters_sha256": digest}
+
+    def _keep(self, old: Any, counts: Sequence[int]) -> None:
+        """Go on after the rows that the checkpoint knows of."""
+        for i, name in enumerate(COUNTED):
+            rows = getattr(old, name)[: counts[i]]
+            if len(rows) < counts[i] or not self.file.room(name, len(rows)):
+                raise UsageError(f"{old.path} is shorter than the checkpoint says; leave --record out, or start anew")
+            getattr(self.file, name)[: len(rows)] = rows
+            self.file.counts[i] = len(rows)
+        if counts[HYPERS]:
+            self._hypers = self.file.hypers[counts[HYPERS] - 1].copy()
+
+    def _most(self, resumed: bool) -> dict[str, int]:
+        """Rows that there can be: an update has three events at most, beside what is done once per epoch or checkpoint."""
+        run, config = self._run, self._run.config
+        steps = config.epochs * len(run.batches)
+        rho = config.rho
+        updates = steps + (steps // rho + 1) * most_replays(rho) if run.guided is not None else steps
+        saves = steps // config.checkpoint_every if config.checkpoint_every else 0
+        events = 3 * updates + 2 * saves + 16 * config.epochs + 1024
+        hypers = updates if run.schedule is not None else 64
+        return {"steps": steps + 1, "events": events, "samples": (steps + 1) * run.batches.batch, "hypers": hypers + 64}
+
+    def _facts(self, token: str, epoch: float) -> dict[str, Any]:
+        run, mode = self._run, self._run.mode
+        world = mode.world
+        return {
+            "run": token,
+            "rank": run.world.rank,
+            "ranks": run.world.size,
+            "node": run.world.node,
+            "nodes": run.world.nodes,
+            "device": world.device.type,
+            "threads": world.threads,
+            "config": run.config.keys(),
+            "data": run.dataset.header.checksum,
+            "data_path": str(run.dataset.path),
+            "code": code_version(run.config.model),
+            "machine": {"host": platform.node(), "cpu": torch.backends.cpu.get_cpu_capability(), "mpi": run.world.library},
+            "shard_elements": mode.shard_elements if isinstance(mode, Async) else 0,
+            "shards": len(self._params),
+            "groups": [len(g["params"]) for g in mode.param_groups],
+            "start_sha256": arrays_digest(model_arrays(run.model)),
+            "epoch_of_times": epoch,
+        }
+
+    def _times(self) -> tuple[float, float]:
+        return self._share.communicate, self._share.wait
+
+    def _digest(self) -> int:
+        return model_digest(self._run.model)
+
+    def _give_up(self) -> None:
+        self._full = True
+        rank, path = self._run.world.rank, self.file.path
+        print(
+            f"hpcasync: warning: rank {rank}: no room for more of the record {path}; the run goes on without",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def model_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """Parameters and buffers by name, as they are now, copied."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: t.detach().to("cpu", copy=True).contiguous().numpy() for name, t in tensors.items()}
+
+
+def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, values in arrays.items():
+        total.update(json.dumps([name, values.dtype.str, values.shape]).encode())
+        total.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def model_digest(model: nn.Module) -> int:
+    """CRC-32 over parameters and buffers: fast, to find where two runs part."""
+    crc = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        values = tensor.detach().to("cpu").contiguous().numpy()
+        crc = zlib.crc32(values.reshape(-1).view(np.uint8).data, crc)
+    return crc

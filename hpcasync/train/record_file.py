@@ -1,0 +1,277 @@
+"""The file of one rank's record: HDF5 whose arrays are laid out once and then written through a memory map.
+
+After the layout nothing of HDF5 is touched while the run goes on: the file is a valid one at any time, and what a rank has
+written stays there when the rank is killed. Rows count once ``counts`` says so. Schema: docs/replay.md.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from hpcasync.data.atomic import replacing
+from hpcasync.errors import UsageError
+
+FORMAT, VERSION = "hpcasync-record", 1
+FOLDER = "record"
+COUNTED = ("events", "steps", "samples", "hypers")
+CLOSED = len(COUNTED)  # word of ``counts`` that says whether the run came to its end
+BLOCK = 1 << 22
+"""Bytes of disk that are asked for at a time: writing to a map whose disk is full would kill the rank."""
+
+STEP = np.dtype(
+    [
+        ("start", "<f8"), ("end", "<f8"), ("compute", "<f4"), ("wait", "<f4"), ("apply", "<f4"), ("pull", "<f4"),
+        ("loss", "<f8"), ("samples", "<i4"), ("first", "<i8"),
+    ]
+)  # fmt: skip
+"""A row of ``steps``."""
+
+
+def event_type(shards: int) -> np.dtype[Any]:
+    """A row of ``events``."""
+    return np.dtype(
+        [
+            ("kind", "<u1"), ("hyper", "<i4"), ("digest", "<u4"), ("step", "<i8"), ("batch", "<i8"), ("clock", "<i8"),
+            ("begin", "<f8"), ("end", "<f8"), ("waited", "<f8"), ("versions", "<i8", (max(1, shards),)),
+        ]
+    )  # fmt: skip
+
+
+def rank_path(run: Path, rank: int) -> Path:
+    """Where the record of a rank lies in the folder of a run."""
+    return run / FOLDER / f"rank-{rank:05d}.h5"
+
+
+class RankFile:
+    """The arrays of a rank's record, open for writing.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        sizes: rows of ``COUNTED`` at most.
+        facts: kept as the JSON attribute ``facts``.
+        arrays: small ones, kept as they are.
+        shards: of the store.
+        hyper: shape of a row of ``hypers``.
+
+    Attributes:
+        events, steps, samples, hypers: the arrays.
+        counts: int64, the rows of each that count, then whether the record is closed.
+
+    Raises:
+        UsageError: the file can't be made, or the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        sizes: Mapping[str, int],
+        facts: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        shards: int,
+        hyper: tuple[int, ...],
+    ) -> None:
+        self.path, self._arrays = path, dict(arrays)
+        types = {"events": event_type(shards), "steps": STEP, "samples": np.dtype("<i4"), "hypers": np.dtype("<f8")}
+        types["counts"] = np.dtype("<i8")
+        shapes: dict[str, tuple[int, ...]] = {name: (sizes[name],) for name in COUNTED}
+        shapes["hypers"] += hyper
+        shapes["counts"] = (CLOSED + 1,)
+        offsets = {}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # not truncated: an old record may still be mapped
+            with h5py.File(path, "w", alignment_threshold=64, alignment_interval=64, libver="v110") as file:
+                file.attrs.update({"format": FORMAT, "version": VERSION, "facts": json.dumps(facts)})
+                for name, values in arrays.items():
+                    file[name] = values
+                for name, shape in shapes.items():
+                    kind = types[name]
+                    offsets[name] = _lay_out(file, name, shape, kind), shape, kind
+            self._file = os.open(path, os.O_RDWR)
+            self._starts = {name: offset for name, (offset, _, _) in offsets.items()}
+            self._ends = dict(self._starts)  # byte up to which there is disk
+            self._reserve("counts", 8 * (CLOSED + 1))
+            maps = {n: np.memmap(path, k, "r+", o, s) for n, (o, s, k) in offsets.items()}
+        except OSError as error:
+            why = error.strerror or error
+            raise UsageError(f"can't write the record {path}: {why}; leave --record out, or make room") from error
+        self._maps = maps
+        self._row = {name: maps[name].strides[0] for name in COUNTED}
+        # Plain views: indexing a memmap object costs several times more.
+        self.events, self.steps, self.samples, self.hypers, self.counts = (
+            maps[name].view(np.ndarray) for name in (*COUNTED, "counts")
+        )
+        self._room = dict.fromkeys(COUNTED, 0)
+        self.counts[:] = 0
+
+    def room(self, name: str, rows: int) -> bool:
+        """Whether so many more rows fit, on the disk too."""
+        need = int(self.counts[COUNTED.index(name)]) + rows
+        if need <= self._room[name]:
+            return True
+        most = len(self._maps[name])
+        if need > most:
+            return False
+        rows = min(most, need + BLOCK // self._row[name])
+        try:
+            self._reserve(name, rows * self._row[name])
+        except OSError:
+            return False
+        self._room[name] = rows
+        return True
+
+    def flush(self) -> None:
+        """Let the disk have everything."""
+        for values in self._maps.values():
+            values.flush()
+
+    def close(self, final: Mapping[str, np.ndarray] | None = None, facts: Mapping[str, Any] | None = None) -> None:
+        """Write the file anew without empty rows, compressed, with ``final``: the model at the end, on one rank.
+
+        Raises:
+            UsageError: no room for it; what has been recorded stays as it is.
+        """
+        self.counts[CLOSED] = final is not None or facts is not None
+        image = io.BytesIO()  # HDF5 can't report a full disk cleanly
+        with h5py.File(self.path, "r") as old, h5py.File(image, "w", libver="v110") as file:
+            file.attrs.update(old.attrs)
+            if facts is not None:
+                file.attrs["end"] = json.dumps(facts)
+            for name, values in self._arrays.items():
+                file[name] = values
+            for i, name in enumerate(COUNTED):
+                rows = self._maps[name][: int(self.counts[i])]
+                packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if len(rows) else {}
+                file.create_dataset(name, data=rows, **packed)
+            file["counts"] = self.counts
+            for name, values in (final or {}).items():
+                file[f"final/{name}"] = values
+        self.flush()
+        with replacing(self.path, needed=image.tell()) as temporary:
+            temporary.write_bytes(image.getbuffer())
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the maps back and leave the file as it is."""
+        os.close(self._file)
+        self._maps = {}
+        self.events = self.steps = self.samples = self.hypers = np.empty(0)
+
+    def _reserve(self, name: str, size: int) -> None:
+        start, end = self._ends[name], self._starts[name] + size
+        if end > start:
+            os.posix_fallocate(self._file, start, end - start)
+            self._ends[name] = end
+
+
+def _lay_out(file: h5py.File, name: str, shape: tuple[int, ...], kind: np.dtype[Any]) -> int:
+    """Make a contiguous data set whose bytes have their place in the file now; returns it. Holes take no disk."""
+    how = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    how.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    how.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(kind, logical=True), h5py.h5s.create_simple(shape), how)
+    return int(made.get_offset())
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One rank's record as it was found, the rows that count.
+
+    Attributes:
+        rank: whose.
+        facts: see docs/replay.md.
+        events, steps, samples, hypers: see docs/replay.md; of a run that was killed, what was written until then.
+        random: state of torch's generator at the start, uint8.
+        closed: whether the run came to its end.
+        final: the model at the end, by name; empty on other ranks than 0 and of a run that did not end.
+        end: facts of the end.
+    """
+
+    rank: int
+    path: Path
+    facts: dict[str, Any]
+    events: np.ndarray
+    steps: np.ndarray
+    samples: np.ndarray
+    hypers: np.ndarray
+    random: np.ndarray
+    closed: bool
+    final: dict[str, np.ndarray]
+    end: dict[str, Any]
+
+    @cached_property
+    def versions(self) -> np.ndarray:
+        """int64 (events, shards): of what this rank's copy is after each event."""
+        rows: np.ndarray = self.events["versions"]
+        return np.where(rows < 0, ~rows, rows)
+
+    @cached_property
+    def before(self) -> np.ndarray:
+        """int64 (events, shards): the same before each event."""
+        first = np.zeros((1, self.events["versions"].shape[1]), np.int64)
+        return np.concatenate([first, self.versions])[:-1]
+
+    def indices(self, step: int) -> np.ndarray:
+        """The samples of the batch of a step, from 1."""
+        row = self.steps[step - 1]
+        return self.samples[row["first"] : row["first"] + row["samples"]].astype(np.int64)
+
+
+def read_rank(path: Path, rank: int) -> RankRecord:
+    """Read a rank's record.
+
+    Raises:
+        UsageError: no record of this format, or a damaged one.
+    """
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            found = file.attrs.get("format")
+            if found != FORMAT:
+                raise UsageError(f"{path} is no record of hpcasync (its format is {found!r}, expected {FORMAT!r})")
+            version = int(file.attrs["version"])
+            if version != VERSION:
+                raise UsageError(f"{path} has format {version}, this hpcasync reads {VERSION}; use the hpcasync that wrote it")
+            counts = file["counts"][:]
+            parts = {name: file[name][: int(counts[i])] for i, name in enumerate(COUNTED)}
+            final = {name: data[()] for name, data in file["final"].items()} if "final" in file else {}
+            end = json.loads(file.attrs.get("end", "{}"))
+            facts, random = json.loads(file.attrs["facts"]), file["random"][:]
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path}: can't be read as a record ({error}); it is damaged or no record") from error
+    if facts.get("rank") != rank:
+        raise UsageError(f"{path} is the record of rank {facts.get('rank')}, expected rank {rank}; was it renamed?")
+    return RankRecord(rank, path, facts, **parts, random=random, closed=bool(counts[CLOSED]), final=final, end=end)
+
+
+def read_record(run: Path) -> list[RankRecord]:
+    """The records of all ranks of a run.
+
+    Raises:
+        UsageError: no such folder, no record in it, a rank's file missing, ranks of different runs.
+    """
+    if not run.is_dir():
+        raise UsageError(f"{run}: no such folder; expected that of a run")
+    there = sorted((run / FOLDER).glob("rank-*.h5"))
+    if not there:
+        raise UsageError(f"{run} holds no record ({FOLDER}/rank-*.h5); train with --record")
+    first = read_rank(there[0], int(there[0].stem.removeprefix("rank-")))
+    ranks = int(first.facts["ranks"])
+    records = []
+    for rank in range(ranks):
+        path = rank_path(run, rank)
+        if not path.exists():
+            raise UsageError(f"{path} is missing: the run had {ranks} ranks, and each has a record; copy all of them")
+        records.append(read_rank(path, rank))
+        if records[-1].facts["run"] != records[0].facts["run"]:
+            raise UsageError(f"{path} is of another run than {records[0].path}; copy the files of one run")
+    return records
