@@ -36,10 +36,15 @@ for name, flags in json.load(open(sys.argv[1])).items():
 NORM, FROZEN = ("--model", "tests.replay.nets:norm"), ("--model", "tests.replay.nets:frozen")
 
 
-def record(mpirun: MpiRun, runs: Mapping[str, Sequence[str]], ranks: int, **options: Any) -> Path:
-    """Train each run under the name of its folder, all in one launch; returns the folder of the folders."""
+def launch(mpirun: MpiRun, runs: Mapping[str, Sequence[str]], ranks: int, **options: Any) -> Any:
+    """Train each run under the name of its folder, all in one launch."""
     (mpirun.folder / "runs.json").write_text(json.dumps(runs))
-    mpirun(PROGRAM, ranks, args=["runs.json"], timeout=120, **options)
+    return mpirun(PROGRAM, ranks, args=["runs.json"], timeout=120, **options)
+
+
+def record(mpirun: MpiRun, runs: Mapping[str, Sequence[str]], ranks: int, **options: Any) -> Path:
+    """``launch``; returns the folder of the folders."""
+    launch(mpirun, runs, ranks, **options)
     return mpirun.folder
 
 

@@ -15,7 +15,7 @@ from hpcasync.replay.replay import Replay
 from hpcasync.rules import RULES
 from hpcasync.train.record_file import read_record
 from tests.mpi import MpiRun
-from tests.replay.helpers import FROZEN, NORM, changed, column, record, replay
+from tests.replay.helpers import FROZEN, NORM, changed, column, launch, record, replay
 
 LOCKED = [name for name, rule in RULES.items() if not rule.lock_free]
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -165,5 +165,5 @@ def test_a_resumed_run_is_replayed_whole(mpirun: MpiRun, capsys: pytest.CaptureF
         assert code == 0 and found["identical"] and found["complete"], found
         assert found["steps"] == [60, 60]
         assert (column(folder / name, 1, "events")["kind"] == Event.RESUME).sum() == 1
-    done = mpirun.cli(["train", "--epochs", "2", "--output", "plain", "--resume", "auto", "--record"], check=False)
-    assert done.returncode == 2 and "--record" in done.stderr and "whole from the first step" in done.stderr
+    done = launch(mpirun, {"plain": ("--epochs", "2", "--resume", "auto")}, 2, check=False)
+    assert "error: --record: plain/checkpoint-000001.h5" in done.stderr and "whole from the first step" in done.stderr
