@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UsageError(ValueError):
@@ -24,3 +25,23 @@ def unknown(kind: str, name: str, known: Iterable[str], hint: str = "") -> Usage
     guess = f"; did you mean {near[0]!r}?" if near else "."
     tail = f" {hint}" if hint else ""
     return UsageError(f"unknown {kind} {name!r}{guess} Known: {', '.join(names)}.{tail}")
+
+
+@contextmanager
+def damaged(what: str, remedy: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, which only reads a file, is the file's fault: a damaged one fails in many ways.
+
+    Args:
+        what: the file and what is wrong, such as ``"x.h5 cannot be read as HDF5"``.
+        remedy: what to do.
+
+    Raises:
+        UsageError: in place of any other error.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{what} ({reason}); {remedy}") from error

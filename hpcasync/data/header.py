@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpcasync.data.layout import FORMAT, KEYS, VERSION, check_shapes
-from hpcasync.errors import UsageError
+from hpcasync.errors import UsageError, damaged
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _ATTRIBUTES = ("name", "classes", "scale", "mean", "std", "source", "checksum")
@@ -58,14 +58,12 @@ def read_header(path: Path) -> Header:
     """
     _check_file(path)
     try:
-        with _open(path) as file:
+        with damaged(f"{path} cannot be read as HDF5", "import or copy it again"), _open(path) as file:
             return _read(path, file)
-    except OSError as error:
-        if "truncated" in str(error):
-            words = "is truncated: an import or copy was cut short"
-        else:
-            words = f"cannot be read as HDF5 ({error})"
-        raise UsageError(f"{path} {words}; import or copy it again") from error
+    except UsageError as error:
+        if "truncated" not in str(error.__cause__):
+            raise
+        raise UsageError(f"{path} is truncated: an import or copy was cut short; import or copy it again") from error
 
 
 def _open(path: Path) -> Any:

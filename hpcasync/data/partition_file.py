@@ -15,7 +15,7 @@ import numpy as np
 
 from hpcasync.data.atomic import replacing
 from hpcasync.data.partition_labels import Indices, check_parts
-from hpcasync.errors import UsageError
+from hpcasync.errors import UsageError, damaged
 
 FORMAT, VERSION = "hpcasync-partition", 1
 
@@ -89,21 +89,18 @@ def load_partition(
 def _read(path: Path, groups: tuple[str, ...]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"partition file {path}: not found, expected HDF5 or npz; check the path")
-    try:
+    with damaged(f"partition file {path} cannot be read", "expected HDF5 or npz, see docs/data.md"):
         if zipfile.is_zipfile(path):
             with np.load(path, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}, {}
         with h5py.File(path, "r") as file:
-            attributes = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
+            plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
+            attributes = {k: v for k, v in plain.items() if isinstance(v, (str, int, float))}
             for key in groups:
                 if isinstance(file.get(key), h5py.Dataset):
                     return {key: file[key][:]}, attributes
             group = file.get("parts")
             arrays = {n: d[:] for n, d in group.items()} if isinstance(group, h5py.Group) else {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"partition file {path} cannot be read ({error}); expected HDF5 or npz, see docs/data.md"
-        ) from error
     if not arrays:
         raise UsageError(
             f"{path} holds no partition: expected the index arrays parts/0, parts/1, ... or an array {groups[0]}"

@@ -61,17 +61,18 @@ def read_like(folder: Path) -> Like:
         UsageError: no finished run there, or one without steps.
     """
     from hpcasync.train.records import read_ranks
-    from hpcasync.train.step_log import read_steps
+    from hpcasync.train.step_log import read_steps, unfinished
 
     ranks = read_ranks(folder)
-    count = np.array([int(r["updates"]) + int(r["skipped"]) for r in ranks], float)
-    if not count.all():
-        raise UsageError(f"{folder}: a rank made no step; expected a run with steps on every rank")
-    compute, communicate = (
-        tuple(float(r[name]) / n for r, n in zip(ranks, count, strict=True)) for name in ("compute", "communicate")
-    )
-    found = read_steps(folder)
-    return Like(compute, communicate, None if found is None else _recording(*found))
+    with unfinished(folder / "run.h5"):
+        count = np.array([int(r["updates"]) + int(r["skipped"]) for r in ranks], float)
+        if not count.all():
+            raise UsageError(f"{folder}: a rank made no step; expected a run with steps on every rank")
+        compute, communicate = (
+            tuple(float(r[name]) / n for r, n in zip(ranks, count, strict=True)) for name in ("compute", "communicate")
+        )
+        found = read_steps(folder)
+        return Like(compute, communicate, None if found is None else _recording(*found))
 
 
 def _recording(steps: np.ndarray, meetings: np.ndarray) -> Recording | None:

@@ -18,7 +18,7 @@ from hpcasync.errors import UsageError
 from hpcasync.train.checkpoint_folder import checkpoints
 from hpcasync.train.config import TrainConfig, write_config
 from hpcasync.train.lock import RunLock
-from hpcasync.train.step_log import write_steps
+from hpcasync.train.step_log import unfinished, write_steps
 
 FORMAT, VERSION = "hpcasync-run", 1
 CURVES = ("epoch", "updates", "seconds", "train_loss", "test_loss", "test_accuracy")
@@ -121,15 +121,12 @@ def read_ranks(folder: Path) -> list[dict[str, Any]]:
     import h5py
 
     path = folder / "run.h5"
-    try:
-        with h5py.File(path, "r") as file:
-            columns = {name: values[:] for name, values in file["ranks"].items()}
-    except (OSError, KeyError) as error:
-        raise UsageError(f"{path}: not a finished run of hpcasync ({error})") from error
-    ranks = [{name: values[i] for name, values in columns.items()} for i in range(len(columns["seconds"]))]
-    for rank in ranks:
-        total = rank["compute"] + rank["communicate"] + rank["wait"]
-        rank["share"] = {k: rank[k] / total if total else 0.0 for k in ("compute", "communicate", "wait")}
+    with unfinished(path), h5py.File(path, "r") as file:
+        columns = {name: values[:] for name, values in file["ranks"].items()}
+        ranks = [{name: values[i] for name, values in columns.items()} for i in range(len(columns["seconds"]))]
+        for rank in ranks:
+            total = rank["compute"] + rank["communicate"] + rank["wait"]
+            rank["share"] = {k: rank[k] / total if total else 0.0 for k in ("compute", "communicate", "wait")}
     return ranks
 
 

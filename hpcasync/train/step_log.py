@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpcasync.errors import UsageError
+from hpcasync.errors import damaged
 from hpcasync.stats import TimeShare
 
 if TYPE_CHECKING:
@@ -97,11 +98,13 @@ def read_steps(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
     import h5py
 
     path = folder / "run.h5"
-    try:
-        with h5py.File(path, "r") as file:
-            if "steps" not in file:
-                return None
-            steps = np.stack([file[f"steps/{name}"][:] for name in COLUMNS], axis=-1)
-            return steps, np.stack([file[f"meetings/{name}"][:] for name in MEETING], axis=-1)
-    except (OSError, KeyError) as error:
-        raise UsageError(f"{path}: not a finished run of hpcasync ({error})") from error
+    with unfinished(path), h5py.File(path, "r") as file:
+        if "steps" not in file:
+            return None
+        steps = np.stack([file[f"steps/{name}"][:] for name in COLUMNS], axis=-1)
+        return steps, np.stack([file[f"meetings/{name}"][:] for name in MEETING], axis=-1)
+
+
+def unfinished(path: Path) -> AbstractContextManager[None]:
+    """Around what reads ``run.h5``: whatever fails there is told as one `UsageError`."""
+    return damaged(f"{path}: not a finished run of hpcasync", "give the folder of a run that came to its end")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 
 from hpcasync.data.formats.split import stratified
 from hpcasync.data.layout import Arrays
-from hpcasync.errors import UsageError
+from hpcasync.errors import UsageError, damaged
 
 _FOUR = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -39,7 +37,8 @@ def read(src: Path, *, test_fraction: float = 0.2, seed: int = 0) -> Arrays:
         UsageError: a damaged file, missing arrays, Python objects inside, or labels that are no whole
             numbers.
     """
-    try:
+    wrong = f"{src} is truncated, damaged or no npz of plain arrays"
+    with damaged(wrong, "save it again with numpy.savez"):
         with src.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("one array, not an archive")
@@ -52,12 +51,6 @@ def read(src: Path, *, test_fraction: float = 0.2, seed: int = 0) -> Arrays:
                     "y_test (or train_x, ...), or x and y; rename the arrays"
                 )
             arrays = [file[key] for key in wanted]
-    except UsageError:
-        raise
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, TypeError) as error:
-        raise UsageError(
-            f"{src} is truncated, damaged or no npz of plain arrays ({error}); save it again with numpy.savez"
-        ) from error
     x = [_samples(f"{src}: {key}", a) for key, a in zip(wanted[::2], arrays[::2], strict=True)]
     y = [_labels(f"{src}: {key}", a) for key, a in zip(wanted[1::2], arrays[1::2], strict=True)]
     if four:

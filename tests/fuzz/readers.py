@@ -1,0 +1,200 @@
+"""Every file that hpcasync reads: how a good one is made, and what reads it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.data import helpers
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A kind of file.
+
+    Attributes:
+        make: writes a good file, or a folder with it, into an empty folder, and returns the file that is to be spoilt.
+        read: reads it; given that file.
+        contents: it is HDF5 without a checksum over all, whose contents can be spoilt too.
+        packed: spoilt before gzip packs it, so that the spoilt bytes reach the reader.
+    """
+
+    make: Callable[[Path], Path]
+    read: Callable[[Path], Any]
+    contents: bool = False
+    packed: bool = False
+
+
+def _imported(path: Path) -> Any:
+    from hpcasync.data import import_dataset
+
+    out = path.parent / "imported.h5"
+    source = path if path.suffix in (".csv", ".npz", ".tgz") else path.parent
+    return import_dataset(source, out, overwrite=True)
+
+
+def _idx(folder: Path) -> Path:
+    return helpers.idx_folder(folder, compress=False) / "train-images-idx3-ubyte"
+
+
+def _idx_gz(folder: Path) -> Path:
+    return helpers.idx_folder(folder) / "train-labels-idx1-ubyte.gz"
+
+
+def _cifar(folder: Path) -> Path:
+    return helpers.folder_of(folder, helpers.cifar10_files()) / "data_batch_3"
+
+
+class _Evil:
+    """Its pickle makes a folder when it is loaded by anything but a careful unpickler."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def _cifar_evil(folder: Path) -> Path:
+    files = helpers.cifar10_files(py2=False)
+    x, y = helpers.images(4, shape=(3072,), classes=10)
+    files["data_batch_1"] = pickle.dumps({"data": x, "labels": y.tolist(), "more": _Evil(folder / "EXECUTED")}, protocol=2)
+    return helpers.folder_of(folder, files) / "data_batch_1"
+
+
+def _cifar_archive(folder: Path) -> Path:
+    return helpers.archive_of(folder / "cifar.tgz", helpers.cifar10_files())
+
+
+def _csv(folder: Path) -> Path:
+    rows = ["a,b,label", *(f"{i},{i * 0.5},{'xyz'[i % 3]}" for i in range(12))]
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    return folder / "table.csv"
+
+
+def _npz(folder: Path) -> Path:
+    x, y = helpers.images(12)
+    np.savez(folder / "arrays.npz", x=x, y=y)
+    return folder / "arrays.npz"
+
+
+def _dataset(folder: Path) -> Path:
+    from hpcasync.data import write_dataset
+
+    return write_dataset(folder / "data.h5", helpers.arrays(12, 6))
+
+
+def _open_dataset(path: Path) -> Any:
+    from hpcasync.data import Dataset
+
+    dataset = Dataset(path, verify=True)
+    return [dataset.as_torch(split)[0] for split in ("train", "test")]
+
+
+def _partition(folder: Path) -> Path:
+    from hpcasync.data.partition_file import save_partition
+
+    return save_partition(folder / "parts.h5", [np.arange(5), np.arange(5, 12)], 12, checksum="abc")
+
+
+def _partition_npz(folder: Path) -> Path:
+    np.savez(folder / "parts.npz", **{"0": np.arange(5), "1": np.arange(5, 12)})
+    return folder / "parts.npz"
+
+
+def _open_partition(path: Path) -> Any:
+    from hpcasync.data.partition_file import load_partition
+
+    return load_partition(path, workers=2, samples=12, checksum="abc")
+
+
+def _checkpoint(folder: Path) -> Path:
+    import torch
+
+    from hpcasync.comm import init
+    from hpcasync.modes import KStep
+    from hpcasync.train.checkpoint import save_checkpoint
+
+    model = torch.nn.Linear(3, 2)
+    with KStep(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model=model, world=init(), every=2) as mode:
+        model(torch.ones(1, 3)).sum().backward()
+        mode.step()
+        save_checkpoint(folder / "checkpoint.h5", mode, extra={"epoch": 1, "pair": (1, 2.5), "array": np.arange(4)})
+    return folder / "checkpoint.h5"
+
+
+def _open_checkpoint(path: Path) -> Any:
+    import torch
+
+    from hpcasync.comm import init
+    from hpcasync.modes import KStep
+    from hpcasync.train.checkpoint import load_checkpoint
+
+    model = torch.nn.Linear(3, 2)
+    with KStep(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model=model, world=init(), every=2) as mode:
+        return load_checkpoint(path, mode)
+
+
+def _config(folder: Path) -> Path:
+    path = folder / "config.toml"
+    path.write_text('data = "digits"\nmodel = "mlp"\nmode = "async"\nepochs = 2\nlr = 0.05\nstaleness = 4\n')
+    return path
+
+
+def _open_config(path: Path) -> Any:
+    from hpcasync.train import make_config, read_config
+
+    return make_config(read_config(str(path)), {})
+
+
+def _site(folder: Path) -> Path:
+    from hpcasync.slurm.site import FILES
+
+    return Path(shutil.copy(FILES / "frontier.toml", folder / "mine.toml"))
+
+
+def _open_site(path: Path) -> Any:
+    from hpcasync.slurm.site import read_site
+
+    return read_site(str(path))
+
+
+def _run(folder: Path) -> Path:
+    from hpcasync.cli import main
+
+    arguments = ["simulate", "--data", "digits", "--model", "logistic", "--workers", "2", "--epochs", "1"]
+    assert main([*arguments, "--output", str(folder / "run")]) == 0
+    return folder / "run" / "run.h5"
+
+
+def _open_run(path: Path) -> Any:
+    from hpcasync.simulate.like import read_like
+
+    return read_like(path.parent)
+
+
+READERS = {
+    "idx": Reader(_idx, _imported),
+    "idx-gz": Reader(_idx_gz, _imported),
+    "idx-in-gz": Reader(_idx_gz, _imported, packed=True),
+    "cifar": Reader(_cifar, _imported),
+    "cifar-evil": Reader(_cifar_evil, _imported),
+    "cifar-archive": Reader(_cifar_archive, _imported),
+    "cifar-in-archive": Reader(_cifar_archive, _imported, packed=True),
+    "csv": Reader(_csv, _imported),
+    "npz": Reader(_npz, _imported),
+    "dataset": Reader(_dataset, _open_dataset, contents=True),
+    "partition": Reader(_partition, _open_partition, contents=True),
+    "partition-npz": Reader(_partition_npz, _open_partition),
+    "checkpoint": Reader(_checkpoint, _open_checkpoint),
+    "config": Reader(_config, _open_config),
+    "site": Reader(_site, _open_site),
+    "run": Reader(_run, _open_run, contents=True),
+}
