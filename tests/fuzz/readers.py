@@ -177,7 +177,24 @@ def _run(folder: Path) -> Path:
 def _open_run(path: Path) -> Any:
     from hpcasync.simulate.like import read_like
 
-    return read_like(path.parent)
+    from hpcasync.train.plot import read_curves
+
+    return read_like(path.parent), read_curves(path.parent)
+
+
+def _record(folder: Path) -> Path:
+    from hpcasync.cli import main
+
+    arguments = ["train", "--data", "digits", "--model", "logistic", "--epochs", "1", "--record"]
+    assert main([*arguments, "--output", str(folder / "run")]) == 0
+    (path,) = (folder / "run").glob("record*.h5")
+    return path
+
+
+def _open_record(path: Path) -> Any:
+    from hpcasync.train.record_file import read_record
+
+    return read_record(path.parent)
 
 
 READERS = {
@@ -197,4 +214,5 @@ READERS = {
     "config": Reader(_config, _open_config),
     "site": Reader(_site, _open_site),
     "run": Reader(_run, _open_run, contents=True),
+    "record": Reader(_record, _open_record, contents=True),
 }
