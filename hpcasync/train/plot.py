@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hpcasync.errors import UsageError
+from hpcasync.train.step_log import unfinished
 
 
 def read_curves(folder: Path) -> dict[str, np.ndarray]:
@@ -19,11 +20,8 @@ def read_curves(folder: Path) -> dict[str, np.ndarray]:
     import h5py
 
     path = folder / "run.h5"
-    try:
-        with h5py.File(path, "r") as file:
-            return {name: values[:] for name, values in file["curves"].items()}
-    except (OSError, KeyError) as error:
-        raise UsageError(f"{path}: not a finished run of hpcasync ({error})") from error
+    with unfinished(path), h5py.File(path, "r") as file:
+        return {name: values[:] for name, values in file["curves"].items()}
 
 
 def plot_curves(runs: Sequence[tuple[str, Path]], out: Path) -> Path:

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from hpcasync.data.atomic import replacing
-from hpcasync.errors import UsageError
+from hpcasync.errors import UsageError, damaged
 
 FORMAT, VERSION = "hpcasync-record", 1
 FOLDER = "record"
@@ -233,21 +233,18 @@ def read_rank(path: Path, rank: int) -> RankRecord:
     Raises:
         UsageError: no record of this format, or a damaged one.
     """
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            found = file.attrs.get("format")
-            if found != FORMAT:
-                raise UsageError(f"{path} is no record of hpcasync (its format is {found!r}, expected {FORMAT!r})")
-            version = int(file.attrs["version"])
-            if version != VERSION:
-                raise UsageError(f"{path} has format {version}, this hpcasync reads {VERSION}; use the hpcasync that wrote it")
-            counts = file["counts"][:]
-            parts = {name: file[name][: int(counts[i])] for i, name in enumerate(COUNTED)}
-            final = {name: data[()] for name, data in file["final"].items()} if "final" in file else {}
-            end = json.loads(file.attrs.get("end", "{}"))
-            facts, random = json.loads(file.attrs["facts"]), file["random"][:]
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path}: can't be read as a record ({error}); it is damaged or no record") from error
+    with damaged(f"{path}: can't be read as a record", "it is damaged or no record"), h5py.File(path, "r", locking=False) as file:
+        found = file.attrs.get("format")
+        if found != FORMAT:
+            raise UsageError(f"{path} is no record of hpcasync (its format is {found!r}, expected {FORMAT!r})")
+        version = int(file.attrs["version"])
+        if version != VERSION:
+            raise UsageError(f"{path} has format {version}, this hpcasync reads {VERSION}; use the hpcasync that wrote it")
+        counts = file["counts"][:]
+        parts = {name: file[name][: int(counts[i])] for i, name in enumerate(COUNTED)}
+        final = {name: data[()] for name, data in file["final"].items()} if "final" in file else {}
+        end = json.loads(file.attrs.get("end", "{}"))
+        facts, random = json.loads(file.attrs["facts"]), file["random"][:]
     if facts.get("rank") != rank:
         raise UsageError(f"{path} is the record of rank {facts.get('rank')}, expected rank {rank}; was it renamed?")
     return RankRecord(rank, path, facts, **parts, random=random, closed=bool(counts[CLOSED]), final=final, end=end)

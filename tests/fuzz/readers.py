@@ -176,7 +176,6 @@ def _run(folder: Path) -> Path:
 
 def _open_run(path: Path) -> Any:
     from hpcasync.simulate.like import read_like
-
     from hpcasync.train.plot import read_curves
 
     return read_like(path.parent), read_curves(path.parent)
@@ -184,17 +183,17 @@ def _open_run(path: Path) -> Any:
 
 def _record(folder: Path) -> Path:
     from hpcasync.cli import main
+    from hpcasync.train.record_file import rank_path
 
     arguments = ["train", "--data", "digits", "--model", "logistic", "--epochs", "1", "--record"]
     assert main([*arguments, "--output", str(folder / "run")]) == 0
-    (path,) = (folder / "run").glob("record*.h5")
-    return path
+    return rank_path(folder / "run", 0)
 
 
 def _open_record(path: Path) -> Any:
     from hpcasync.train.record_file import read_record
 
-    return read_record(path.parent)
+    return read_record(path.parent.parent)
 
 
 READERS = {
