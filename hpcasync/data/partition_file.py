@@ -40,8 +40,9 @@ def save_partition(
     check_parts(f"{path}: partition", arrays, samples)
     with replacing(path, needed=8 * sum(map(len, arrays))) as temporary:
         with h5py.File(temporary, "w") as file:
-            file.attrs.update({"format": FORMAT, "version": VERSION, "samples": samples, "workers": len(arrays)})
-            file.attrs.update({"checksum": checksum, "spec": spec})
+            file.attrs.update({"format": np.bytes_(FORMAT), "version": VERSION, "samples": samples, "workers": len(arrays)})
+            # Texts of fixed length: HDF5 1.14 can read for ever in a damaged one of variable length.
+            file.attrs.update({"checksum": np.bytes_(checksum), "spec": np.bytes_(spec.encode())})
             for worker, part in enumerate(arrays):
                 file.create_dataset(f"parts/{worker}", data=part)
     return path
@@ -72,7 +73,7 @@ def load_partition(
     theirs = attributes.get("checksum")
     if checksum and theirs and theirs != checksum:
         raise UsageError(f"{path} is a partition of other data (checksum {theirs}, these have {checksum}); make it again")
-    if attributes.get("format") == FORMAT and attributes.get("samples", samples) != samples:
+    if attributes.get("format") == FORMAT and attributes.get("samples") not in (None, samples):
         raise UsageError(f"{path} is a partition of {attributes['samples']} samples, expected {samples}; make it again")
     for key in (name, "part"):
         if key in arrays:
@@ -94,8 +95,7 @@ def _read(path: Path, groups: tuple[str, ...]) -> tuple[dict[str, np.ndarray], d
             with np.load(path, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}, {}
         with h5py.File(path, "r") as file:
-            plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in file.attrs.items()}
-            attributes = {k: v for k, v in plain.items() if isinstance(v, (str, int, float))}
+            attributes = {key: _plain(file.attrs[key]) for key in ("format", "samples", "checksum") if key in file.attrs}
             for key in groups:
                 if isinstance(file.get(key), h5py.Dataset):
                     return {key: file[key][:]}, attributes
@@ -106,6 +106,11 @@ def _read(path: Path, groups: tuple[str, ...]) -> tuple[dict[str, np.ndarray], d
             f"{path} holds no partition: expected the index arrays parts/0, parts/1, ... or an array {groups[0]}"
         )
     return arrays, attributes
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if isinstance(value, np.generic) else value
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value if isinstance(value, (str, int)) else None
 
 
 def _indices(path: Path, name: str, array: np.ndarray) -> Indices:

@@ -126,7 +126,7 @@ def test_saved_and_loaded(tmp_path):
     again = make_partition(f"file:{path}", LABELS, 12)
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
     with h5py.File(path) as file:
-        assert file.attrs["checksum"] == "sha256:a" and file.attrs["spec"] == "shards:2"
+        assert file.attrs["checksum"] == b"sha256:a" and file.attrs["spec"] == b"shards:2"
         assert file["parts/0"].dtype == np.int64
     for change, words in (
         ({"workers": 11}, "12 parts, expected one for each of 11 workers"),

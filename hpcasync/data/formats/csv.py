@@ -98,6 +98,8 @@ def _rows(src: Path) -> tuple[list[list[str]], list[int]]:
         with src.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
             for row in reader:
+                if any("\0" in field for field in row):
+                    raise csv.Error(f"a zero byte in line {reader.line_num}")
                 if row:
                     rows.append(row)
                     lines.append(reader.line_num)
