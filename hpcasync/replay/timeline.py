@@ -11,7 +11,7 @@ import numpy as np
 
 from hpcasync.data.atomic import replacing
 from hpcasync.modes.recorder import Event
-from hpcasync.replay.order import order_of
+from hpcasync.replay.order import PULLS, order_of
 from hpcasync.train.record_file import RankRecord
 
 NAMES = {
@@ -23,6 +23,8 @@ NOTES = {
     Event.TURN: "for its turn", Event.MEET: "for the other ranks", Event.RESUME: "from a checkpoint",
 }  # fmt: skip
 SHARDS_SHOWN = 16
+INSIDE = 2e-7
+"""Seconds that an arrow's end lies inside its slice."""
 
 Trace = dict[str, Any]
 
@@ -114,14 +116,14 @@ def _event_slices(record: RankRecord, i: int, place: Trace, shift: float) -> Ite
         about["replays the batch of step"] = int(event["batch"])
     if NAMES[kind] == "wait" or (kind is Event.GATE and (record.versions[i] == record.before[i]).all()):
         waited = whole
+    if kind in (Event.PUSH, *PULLS) and record.facts["shards"]:
+        read, now = record.before[i], record.versions[i]
+        about |= {"versions read": read[:SHARDS_SHOWN].tolist(), "versions now": now[:SHARDS_SHOWN].tolist()}
+        if kind is Event.PUSH:
+            about["staleness"] = max(0, int((now - read).max()) - 1)
     if waited:
         yield _slice(place, "wait", begin, waited, about)
     if whole > waited or NAMES[kind] != "wait":
-        if kind in (Event.PUSH, Event.SKIP, Event.DISCARD, Event.GATE, Event.SYNC) and record.facts["shards"]:
-            read, now = record.before[i], record.versions[i]
-            about = about | {"versions read": read[:SHARDS_SHOWN].tolist(), "versions now": now[:SHARDS_SHOWN].tolist()}
-            if kind is Event.PUSH:
-                about["staleness"] = max(0, int((now - read).max()) - 1)
         yield _slice(place, NAMES[kind], begin + waited, whole - waited, about)
 
 
@@ -151,10 +153,13 @@ def _arrows(records: Sequence[RankRecord], shifts: Sequence[float], steps: tuple
         if not (_shown(int(push["step"]), steps) and _shown(int(records[other].events["step"][j]), steps)):
             continue
         about = {"name": "push", "cat": "push", "id": number}
-        begin = float(push["begin"]) + shifts[r] + float(push["waited"])
-        # An arrow begins and ends inside a slice; that of a long push may end before the push does.
-        yield {"ph": "s", **about, **_place(records[r]), "ts": _us(begin)}
-        yield {"ph": "f", "bp": "e", **about, **_place(records[other]), "ts": max(_us(begin), _us(end))}
+        seen_by = records[other].events[j]
+        # An end binds to the slice around it, so it may not lie on a border; a read of one shard may end before the push does.
+        tip = end - min(INSIDE, float(seen_by["end"] - seen_by["begin"]) / 2)
+        tail = float(push["begin"] + push["waited"]) + shifts[r]
+        tail += min(INSIDE, max(0.0, float(push["end"]) + shifts[r] - tail) / 2)
+        yield {"ph": "s", **about, **_place(records[r]), "ts": _us(min(tail, tip))}
+        yield {"ph": "f", "bp": "e", **about, **_place(records[other]), "ts": _us(tip)}
 
 
 def _shown(step: int, steps: tuple[int, int] | None) -> bool:

@@ -28,7 +28,8 @@ def dying(self, closure=None):
     return step(self, closure)
 
 asynchronous.Async.step = dying
-for name, flags in json.load(open(sys.argv[1])).items():
+os.chdir(sys.argv[1])
+for name, flags in json.load(open("runs.json")).items():
     common = ["train", "--data", "digits", "--epochs", "1", "--threads", "1", "--record", "--output", name]
     if main([*common, *flags]):
         sys.exit(f"{name} failed")
@@ -39,7 +40,7 @@ NORM, FROZEN = ("--model", "tests.replay.nets:norm"), ("--model", "tests.replay.
 def launch(mpirun: MpiRun, runs: Mapping[str, Sequence[str]], ranks: int, **options: Any) -> Any:
     """Train each run under the name of its folder, all in one launch."""
     (mpirun.folder / "runs.json").write_text(json.dumps(runs))
-    return mpirun(PROGRAM, ranks, args=["runs.json"], timeout=120, **options)
+    return mpirun(PROGRAM, ranks, args=[mpirun.folder], timeout=120, **options)
 
 
 def record(mpirun: MpiRun, runs: Mapping[str, Sequence[str]], ranks: int, **options: Any) -> Path:

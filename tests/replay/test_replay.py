@@ -14,6 +14,7 @@ from hpcasync.modes.recorder import Event
 from hpcasync.replay.replay import Replay
 from hpcasync.rules import RULES
 from hpcasync.train.record_file import read_record
+from tests.hosts import HostsRun
 from tests.mpi import MpiRun
 from tests.replay.helpers import FROZEN, NORM, changed, column, launch, record, replay
 
@@ -167,3 +168,16 @@ def test_a_resumed_run_is_replayed_whole(mpirun: MpiRun, capsys: pytest.CaptureF
         assert (column(folder / name, 1, "events")["kind"] == Event.RESUME).sum() == 1
     done = launch(mpirun, {"plain": ("--epochs", "2", "--resume", "auto")}, 2, check=False)
     assert "error: --record: plain/checkpoint-000001.h5" in done.stderr and "whole from the first step" in done.stderr
+
+
+@only_mpich
+def test_several_nodes(two_hosts: HostsRun) -> None:
+    rules = ("dc-asgd", "gsgm", "easgd")  # what they keep per worker lies elsewhere than on one node
+    runs = {name: ("--rule", name, "--progress", "thread", *NORM, *batch(4)) for name in rules}
+    folder = record(two_hosts, runs, 4)
+    for name in runs:
+        run = Replay(folder / name)
+        outcome = run.run()
+        assert outcome.identical and outcome.complete, (name, outcome)
+        assert {r.facts["node"] for r in run.records} == {0, 1} and run.records[0].facts["shards"] > 1
+        assert main(["timeline", str(folder / name)]) == 0
