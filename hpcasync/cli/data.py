@@ -86,6 +86,9 @@ def _info(args: argparse.Namespace) -> int:
         for worker, counts in enumerate(facts["partition"]["class_counts"]):
             text = f"{sum(counts):,} samples; per class: " + " ".join(map(str, counts))
             table.add_row("" if worker else f"{args.partition}", f"worker {worker}: {text}")
+    for key in ("plot", "save"):
+        if getattr(args, key):
+            table.add_row("written", str(getattr(args, key)))
     console().print(table)
     return 0
 

@@ -87,6 +87,21 @@ def bounds(n: int, rank: int, size: int) -> tuple[int, int]:
     return start, start + base + (rank < extra)
 
 
+def check_batch(batch: int, n: int, size: int) -> None:
+    """Refuse a batch that no rank could fill, when ``n`` samples are cut into ``size`` runs.
+
+    Raises:
+        UsageError: fewer samples than ranks, or the batch is larger than the largest run.
+    """
+    bounds(n, 0, size)
+    share = -(-n // size)
+    if batch > share:
+        raise UsageError(
+            f"batch {batch} is larger than the share of each of {size} rank(s), {share} of {n} samples; use a batch of at most "
+            f"{share}" + (", or fewer ranks" if size > 1 else "")
+        )
+
+
 def check_number(name: str, value: Any, least: int) -> int:
     """``value`` as an int.
 

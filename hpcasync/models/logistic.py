@@ -14,5 +14,7 @@ def logistic(shape: Sequence[int], classes: int) -> nn.Module:
     Args:
         shape: of one sample, any.
         classes: the number of outputs.
+
+    Source: Cox 1958, "The regression analysis of binary sequences", for two classes.
     """
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))

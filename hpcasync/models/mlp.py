@@ -15,6 +15,8 @@ def mlp(shape: Sequence[int], classes: int) -> nn.Module:
     Args:
         shape: of one sample, any.
         classes: the number of outputs.
+
+    Source: Rumelhart, Hinton & Williams 1986, "Learning representations by back-propagating errors"; the widths are ours.
     """
     return nn.Sequential(
         nn.Flatten(),

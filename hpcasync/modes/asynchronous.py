@@ -60,6 +60,9 @@ class Async(Mode):
 
     Raises:
         UsageError: no trainable parameter, a parameter that is not float32, options out of range, ranks that disagree.
+
+    Source: Dean et al., NIPS 2012 (Downpour SGD), here without a server; the bound on staleness: Ho et al., NIPS 2013 (stale
+    synchronous parallel).
     """
 
     mode = "async"

@@ -53,7 +53,7 @@ class Hierarchical(Async):
     Raises:
         UsageError: as ``Async`` and ``KStep``; a delay that is not below K; groups that do not fit the nodes.
 
-    Source: the average is M-AVG's (Cong, Liu, MLHPC 2020, doi 10.1109/MLHPCAI4S51975.2020.00011); putting a late average
+    Source: Cong, Liu, MLHPC 2020, doi 10.1109/MLHPCAI4S51975.2020.00011 (M-AVG, the average); putting a late average
     in as a correction is our reconstruction after Overlap-Local-SGD (Wang, Liang, Joshi 2020, arXiv 2002.09539).
     """
 

@@ -83,6 +83,8 @@ class Sync(Wrapper):
 
     Raises:
         UsageError: no trainable parameter, a parameter neither float32 nor float64, ranks that disagree.
+
+    Source: Li et al., PVLDB 13(12):3005, 2020 (buckets that start during backward, as torch's DistributedDataParallel).
     """
 
     mode = "sync"

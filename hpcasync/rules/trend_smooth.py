@@ -38,7 +38,7 @@ class TrendSmooth(Rule):
     7:156848, 2019, abstract. All formulas are our RECONSTRUCTION, since no full text is public; see docs/algorithms.md.
 
     Attributes:
-        variant: which formula.
+        variant: which formula: consistency, opposed, opposed-strength or rate, see docs/algorithms.md.
         beta: decay of the trend, in [0, 1).
         shrink: constant of ``opposed`` in (0, 1], or ``"staleness"`` for ``1 / (1 + tau)``.
         floor: least factor, in [0, 1].

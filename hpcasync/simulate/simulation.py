@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hpcasync.data import Dataset, Loader, make_partition
+from hpcasync.data.partition import check_batch
 from hpcasync.errors import UsageError
 from hpcasync.modes.flat import check_dtypes, groups_of
 from hpcasync.rules import make_rule
@@ -61,12 +62,17 @@ class Simulation:
         for p, first, size in zip(params, self.layout.starts, self.layout.sizes, strict=True):
             start[first : first + size] = p.detach().reshape(-1).numpy()
         workers = config.workers
+        samples = dataset.as_torch("train")
+        parts = "iid"  # dealt first: the copies of very many workers fit no memory
+        if config.partition == "iid":
+            check_batch(config.batch, len(samples), workers)
+        else:
+            parts = make_partition(config.partition, dataset, workers, config.seed, batch=config.batch)  # type: ignore[assignment]
         self.copies = aligned_zeros(workers, self.layout.total)
         self.copies[:] = start
         place = [i * groups // workers for i in range(workers)]
         # In mode sync one worker pushes for all.
         members = [1] if config.mode == "sync" else [place.count(g) for g in range(groups)]
-        samples = dataset.as_torch("train")
         self.train_size = len(samples)
         batched = not config.naive and workers > 1
         threads = torch.get_num_threads()
@@ -75,9 +81,6 @@ class Simulation:
         self.stores = [LocalStore(layout, self.rule, workers=count) for count in members]
         for store in self.stores:
             store.start_state(start)
-        parts = "iid"
-        if config.partition != "iid":
-            parts = make_partition(config.partition, dataset, workers, config.seed, batch=config.batch)  # type: ignore[assignment]
         self.workers = [
             Virtual(
                 i,

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from hpcasync import models
 from hpcasync.comm import World, agree, init, raise_together
 from hpcasync.data import Dataset, Loader, loader, open_dataset, verification_batch
+from hpcasync.data.partition import check_batch
 from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Guided, Hierarchical, KStep, Mode, Sync
 from hpcasync.modes.block import BLOCK_KEYS
@@ -338,6 +339,8 @@ def _prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Mod
     rule = make_rule(config.rule, config.options)  # refused now if it does not fit, before a folder is made
     rule = rule.bind(world.size) if config.mode in ("async", "hierarchical") else bind_alone(rule)
     dataset = open_dataset(config.data)
+    if config.partition == "iid":
+        check_batch(config.batch, len(dataset.as_torch("train")), world.size)
     batches = loader(dataset, world, batch=config.batch, seed=config.seed, partition=config.partition)
     torch.manual_seed(config.seed)
     model = models.build(config.model, dataset.shape, dataset.classes).to(world.device)

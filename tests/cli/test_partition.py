@@ -26,6 +26,7 @@ def test_ranks_train_on_their_own_classes(mpirun: MpiRun, mode: str) -> None:
         (["--partition", "shards:2"], "see 4 of the 10 classes"),
         (["--partition", "dirichlet:0"], "ALPHA > 0"),
         (["--partition", "shards:5", "--batch", "900"], "batch 900 is larger than the share"),
+        (["--batch", "720"], "batch 720 is larger than the share of each of 2 rank(s), 719 of 1438 samples"),
     ],
 )
 def test_bad_partition(mpirun: MpiRun, arguments: list[str], words: str) -> None:

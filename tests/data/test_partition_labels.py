@@ -255,6 +255,9 @@ def test_info_draws_and_saves(small, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 5000
     assert main([*common, "--partition", f"file:{saved}"]) == 0
     assert json.loads(capsys.readouterr().out)["partition"]["class_counts"] == made["class_counts"]
+    assert main([*common[:-1], "--partition", "shards:2", "--plot", str(picture)]) == 0
+    shown = capsys.readouterr().out
+    assert "worker 2:" in shown and shown.count("written") == 1
 
 
 def test_picture_of_many_classes_and_workers(tmp_path):
