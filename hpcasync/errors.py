@@ -44,4 +44,6 @@ def damaged(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, FileNotFoundError):  # HDF5 says it in five lines
+            reason = "No such file"
         raise UsageError(f"{what} ({reason}); {remedy}") from error

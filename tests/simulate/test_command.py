@@ -81,7 +81,7 @@ BAD = {
     "partition of too many": (["--workers", "99999999", "--partition", "shards:2"], ["99999999"]),
     "batch": (["--batch", "361"], ["batch 361", "share of each of 4", "360 of 1438"]),
     "batch of a part": (["--batch", "361", "--partition", "shards:5"], ["batch 361", "share of worker"]),
-    "recorded nothing": (["--compute", "recorded:."], ["not a finished run", "no run.h5", "expected the folder"]),
+    "recorded nothing": (["--compute", "recorded:."], ["run.h5: not a finished run", "(No such file)", "give the folder"]),
     "verification": (["--guided", "--verification", "1439"], ["1439", "1438"]),
     "rho": (["--guided", "--rho", "1"], ["--rho=1", ">= 2"]),
     "window": (["--rule", "gsgm", "--window", "9"], ["window=9", "4"]),
