@@ -1,7 +1,7 @@
 """What `hpcasync train --record` costs a step: the training loop itself, recorded and not, in blocks in turn.
 
-LeNet-5 on batches of 28 x 28 samples, one thread per rank, one model and window for each side. `calls of the record` is what
-a step adds, alone: more exact than the difference of two sides, but with warm caches.
+LeNet-5 on batches of 28 x 28 samples, one thread per rank, the same model and window for both sides. `calls of the
+record` is what a step calls for it, alone: with warm caches.
 """
 
 from __future__ import annotations
@@ -67,39 +67,37 @@ def write_data(path: Path) -> None:
 def measure(args, world, report: Report, model: str, where: Path, data: str) -> None:
     """One model: steps of the two runs in turn."""
     block = 3 if args.quick else 20
-    runs = {name: make_run(world, model, data, args.batch, where / model, name == "record") for name in ("record", "no record")}
-    sides: dict[str, Any] = {name: steps_of(run, block) for name, run in runs.items()}
+    run = make_run(world, model, data, args.batch, where / model)
+    record = run.record
+    sides: dict[str, Any] = {name: steps_of(run, on, block) for name, on in (("record", record), ("no record", None))}
     for side in sides.values():
         side()
-    sides["calls of the record"] = timed(calls_of(runs["record"].record), block)
+    sides["calls of the record"] = timed(calls_of(record), block)
     times = interleave(sides, args.rounds, meet=world.collectives.barrier, warm_up=2)
     title = {"model": model, "batch": args.batch, "ranks": world.size, "threads": world.threads, "measured": "train loop"}
     report.case(title, times, [Ratio("record", "no record", TARGET), Ratio("calls of the record", "no record", 0.02)])
-    for run in runs.values():
-        run.mode.close()
-        if run.record is not None:
-            run.record.close()
+    run.mode.close()
+    record.close()
 
 
-def make_run(world, model: str, data: str, batch: int, folder: Path, recorded: bool):
+def make_run(world, model: str, data: str, batch: int, folder: Path):
     """A run as `hpcasync train` makes it, about to make its first step."""
     from hpcasync.train import loop
     from hpcasync.train.config import make_config
     from hpcasync.train.keeper import Keeper
     from hpcasync.train.progress import Progress
 
-    keys = {"data": data, "model": model, "batch": batch, "epochs": 1000, "record": recorded, "threads": 1}
+    keys = {"data": data, "model": model, "batch": batch, "epochs": 1000, "threads": 1}
     config = make_config(keys)
     dataset, batches, net = loop._prepare(config, world)
     mode = loop.make_mode(config, net, world)
     run = loop.Run(config, world, dataset, batches, net, mode, Progress(1, 1, shown=False), None, None)
-    if recorded:
-        run.begin_record(folder, Keeper(run, None))
+    run.begin_record(folder, Keeper(run, None))
     return run
 
 
-def steps_of(run, block: int):
-    """A side: so many steps of the loop."""
+def steps_of(run, record, block: int):
+    """A side: so many steps of the loop, with the record or None."""
 
     class Stopper:
         """In place of the keeper of checkpoints: leaves the epoch after a block."""
@@ -114,6 +112,7 @@ def steps_of(run, block: int):
 
     def side() -> float:
         run.step, stopper.left = 0, block
+        run.record = run.mode.recorder = record
         began = time.perf_counter()
         run._epoch(stopper)
         return (time.perf_counter() - began) / block

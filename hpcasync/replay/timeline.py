@@ -141,13 +141,16 @@ def _arrows(records: Sequence[RankRecord], shifts: Sequence[float], steps: tuple
             for only_read, places in ((0, order.writes[r][:, k]), (1, order.reads[r][:, k])):
                 for i in np.flatnonzero(places).tolist():
                     touched.append((int(record.versions[i, k]), only_read, float(record.events["end"][i]) + shifts[r], r, i))
-        touched.sort()
-        for place, (_, only_read, _, r, i) in enumerate(touched):
-            if only_read:
-                continue
-            seen = next(((end, other, j) for _, _, end, other, j in touched[place + 1 :] if other != r), None)
-            if seen is not None and seen < first.get((r, i), (np.inf, 0, 0)):
+        touched.sort(reverse=True)
+        near: tuple[float, int, int] | None = None  # the event that comes next,
+        far: tuple[float, int, int] | None = None  # and the next one of another rank than that
+        for _, only_read, end, r, i in touched:
+            seen = near if near is not None and near[1] != r else far
+            if not only_read and seen is not None and seen < first.get((r, i), (np.inf, 0, 0)):
                 first[r, i] = seen
+            if near is not None and near[1] != r:
+                far = near
+            near = end, r, i
     for number, ((r, i), (end, other, j)) in enumerate(sorted(first.items()), start=1):
         push = records[r].events[i]
         if not (_shown(int(push["step"]), steps) and _shown(int(records[other].events["step"][j]), steps)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,6 +36,9 @@ STEP = np.dtype(
     ]
 )  # fmt: skip
 """A row of ``steps``."""
+STEP_ROW = struct.Struct("<ddffffdiq")
+EVENT_ROW = struct.Struct("<BiIqqqddd")
+"""A row of ``events`` up to its versions."""
 
 
 def event_type(shards: int) -> np.dtype[Any]:
@@ -65,7 +69,9 @@ class RankFile:
 
     Attributes:
         events, steps, samples, hypers: the arrays.
+        event_bytes, step_bytes: the same as bytes, for ``EVENT_ROW`` and ``STEP_ROW``; ``versions``: that column of ``events``.
         counts: int64, the rows of each that count, then whether the record is closed.
+        rows: the same rows as a list.
 
     Raises:
         UsageError: the file can't be made, or the disk is full.
@@ -111,14 +117,25 @@ class RankFile:
         self.events, self.steps, self.samples, self.hypers, self.counts = (
             maps[name].view(np.ndarray) for name in (*COUNTED, "counts")
         )
-        self._room = dict.fromkeys(COUNTED, 0)
+        # For rows in one call of ``struct``: an assignment to a structured array costs ten times as much.
+        self.step_bytes, self.event_bytes = self.steps.view(np.uint8).data, self.events.view(np.uint8).data
+        self.versions = self.events["versions"]
+        self.rows = [0] * len(COUNTED)
+        self._room = [0] * len(COUNTED)
         self.counts[:] = 0
 
-    def room(self, name: str, rows: int) -> bool:
-        """Whether so many more rows fit, on the disk too."""
-        need = int(self.counts[COUNTED.index(name)]) + rows
-        if need <= self._room[name]:
-            return True
+    def count(self, which: int, rows: int) -> None:
+        """So many rows of an array count now; they are all written."""
+        self.rows[which] = rows
+        self.counts[which] = rows
+
+    def room(self, which: int, rows: int) -> bool:
+        """Whether so many more rows of an array fit, on the disk too."""
+        need = self.rows[which] + rows
+        return need <= self._room[which] or self._make_room(which, need)
+
+    def _make_room(self, which: int, need: int) -> bool:
+        name = COUNTED[which]
         most = len(self._maps[name])
         if need > most:
             return False
@@ -127,7 +144,7 @@ class RankFile:
             self._reserve(name, rows * self._row[name])
         except OSError:
             return False
-        self._room[name] = rows
+        self._room[which] = rows
         return True
 
     def flush(self) -> None:
@@ -150,7 +167,7 @@ class RankFile:
             for name, values in self._arrays.items():
                 file[name] = values
             for i, name in enumerate(COUNTED):
-                rows = self._maps[name][: int(self.counts[i])]
+                rows = self._maps[name][: self.rows[i]]
                 packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if len(rows) else {}
                 file.create_dataset(name, data=rows, **packed)
             file["counts"] = self.counts
@@ -165,6 +182,8 @@ class RankFile:
         """Give the maps back and leave the file as it is."""
         os.close(self._file)
         self._maps = {}
+        self.step_bytes = self.event_bytes = np.empty(0, np.uint8).data
+        self.versions = np.empty((0, 0), np.int64)
         self.events = self.steps = self.samples = self.hypers = np.empty(0)
 
     def _reserve(self, name: str, size: int) -> None:
