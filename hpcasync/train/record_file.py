@@ -182,6 +182,7 @@ class RankFile:
         """Give the maps back and leave the file as it is."""
         os.close(self._file)
         self._maps = {}
+        self.counts = self.counts.copy()
         self.step_bytes = self.event_bytes = np.empty(0, np.uint8).data
         self.versions = np.empty((0, 0), np.int64)
         self.events = self.steps = self.samples = self.hypers = np.empty(0)
