@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -106,3 +107,24 @@ class Staleness:
 
         mean = float(self.counts @ np.arange(self.counts.size)) / total
         return {"mean": mean, "p50": quantile(0.5), "p95": quantile(0.95), "max": int(np.nonzero(self.counts)[0][-1])}
+
+
+def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """The median, and the order statistics between which that of the population lies with at least this confidence.
+
+    No distribution is assumed. With fewer than six values no pair of them reaches 95 %: the extremes are given then.
+
+    Args:
+        values: at least one.
+        level: the confidence.
+
+    Returns:
+        Median, low, high.
+    """
+    ordered = sorted(values)
+    n, below, k = len(ordered), 0.0, 0
+    while k < (n - 1) // 2 and 2 * (below + math.comb(n, k) / 2**n) <= 1 - level:
+        below += math.comb(n, k) / 2**n
+        k += 1
+    k = max(0, k - 1)
+    return float(np.median(ordered)), float(ordered[k]), float(ordered[n - 1 - k])

@@ -16,7 +16,7 @@ LAYERS = [
     {"store"},
     {"modes"},
     {"train"},
-    {"simulate", "replay", "slurm", "doctor"},
+    {"simulate", "replay", "scaling", "slurm", "doctor"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

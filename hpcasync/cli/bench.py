@@ -1,17 +1,20 @@
-"""``hpcasync bench``: micro-benchmarks of what the machine gives, in the format of the OSU suite."""
+"""``hpcasync bench``: micro-benchmarks of what the machine gives, in the format of the OSU suite, and scaling."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
+from hpcasync.cli import bench_scaling
 from hpcasync.errors import UsageError
 
 
 def add(commands: Any) -> None:
     """Add the command group to the parser."""
-    parser = commands.add_parser("bench", help="micro-benchmarks: allreduce, rma", description="Start it under mpiexec or srun.")
+    text = "benchmarks: allreduce, rma, scaling"
+    parser = commands.add_parser("bench", help=text, description="Start it under mpiexec or srun.")
     which = parser.add_subparsers(dest="bench", required=True, metavar="WHAT", parser_class=type(parser))
+    bench_scaling.add(which)
     for name, text, call in (
         ("allreduce", "latency and bandwidth of an allreduce by message size", _allreduce),
         ("rma", "latency and bandwidth of put, get, fetch-and-op by message size, through an MPI window", _rma),

@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> Outcome:
     if signals.installed():
         signals.install()  # again: MPI may have put handlers of its own there
     agree(world, {"--" + k.replace("_", "-"): v for k, v in config.keys().items()})
-    dataset, batches, model = _together(world, lambda: _prepare(config, world))
+    dataset, batches, model = _together(world, lambda: prepare(config, world))
     verification = _together(world, lambda: _verification(config, dataset, world))
     folder = _together(world, lambda: RunFolder(config) if world.rank == 0 else None)
     try:
@@ -335,7 +335,12 @@ class Run:
         return tuple(reset)
 
 
-def _prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Module]:
+def prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Module]:
+    """The data set, this rank's batches, and the model, the same on all ranks.
+
+    Raises:
+        UsageError: bad input; perhaps on some ranks only.
+    """
     rule = make_rule(config.rule, config.options)  # refused now if it does not fit, before a folder is made
     rule = rule.bind(world.size) if config.mode in ("async", "hierarchical") else bind_alone(rule)
     dataset = open_dataset(config.data)

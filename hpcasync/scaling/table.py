@@ -1,0 +1,125 @@
+"""From the files that the ranks wrote: a table with medians, intervals and efficiencies, as CSV, Markdown and a picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcasync.errors import UsageError, damaged
+from hpcasync.scaling.cases import BASE, KINDS
+from hpcasync.stats import median_interval
+
+COLUMNS = (
+    "kind", "what", "ranks", "nodes", "batch", "rounds", "samples_per_second", "low", "high", "efficiency", "compute",
+    "communicate", "wait", "staleness", "own", "to_target", "accuracy",
+)  # fmt: skip
+_KEY = ("kind", "what", "ranks", "nodes", "batch")
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """What every launch wrote into ``folder``: a row per case and round.
+
+    Raises:
+        UsageError: no such files, or damaged ones.
+    """
+    files = sorted(folder.glob("ranks-*.json"))
+    if not files:
+        make = f"mpiexec -n 2 hpcasync bench scaling --out {folder}"
+        raise UsageError(f"{folder} holds no measurement (ranks-*.json); make one: {make}")
+    rows: list[dict[str, Any]] = []
+    for path in files:
+        with damaged(f"{path} is no measurement of hpcasync bench scaling", "measure again"):
+            for row in json.loads(path.read_text())["rows"]:
+                rows.append({**{key: row[key] for key in _KEY}, **row})
+    return rows
+
+
+def tabulate(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line per case with `COLUMNS`: medians over the rounds, and an interval of 95 % around that of the throughput.
+
+    ``efficiency`` is the throughput over the number of ranks times that of the plain torch loop in one process, with the
+    same batch in weak scaling and with the whole one in strong; NaN where that was not measured.
+    """
+    cases: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        cases[tuple(row[key] for key in _KEY)].append(row)
+
+    def median(case: Sequence[Mapping[str, Any]], name: str) -> float:
+        values = [row[name] for row in case if row.get(name) is not None]
+        return float(np.median(values)) if values else float("nan")
+
+    alone = [(key, case) for key, case in cases.items() if key[1] == BASE]
+    base = {(key[0], key[-1]): median(case, "samples_per_second") for key, case in alone}
+    lines = []
+    for key, case in cases.items():
+        line = dict(zip(_KEY, key, strict=True))
+        one = base.get((line["kind"], line["batch"] * (line["ranks"] if line["kind"] == "strong" else 1)), float("nan"))
+        speed, low, high = median_interval([row["samples_per_second"] for row in case])
+        line |= {"rounds": len(case), "samples_per_second": speed, "low": low, "high": high}
+        line["efficiency"] = speed / one / line["ranks"]
+        line |= {name: median(case, name) for name in COLUMNS[10:]}
+        lines.append(line)
+    order = {kind: i for i, kind in enumerate(KINDS)}
+    return sorted(lines, key=lambda line: (order[line["kind"]], line["what"] != BASE, line["what"], line["ranks"], line["nodes"]))
+
+
+def write_table(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Write ``scaling.csv``, ``scaling.md`` and, where matplotlib is installed, ``scaling.png``; returns their paths."""
+    paths = [folder / "scaling.csv", folder / "scaling.md"]
+    with paths[0].open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    paths[1].write_text(markdown(lines))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return paths
+    figure = Figure(figsize=(10, 3.6 * len({line["kind"] for line in lines})), layout="constrained")
+    kinds = [kind for kind in KINDS if any(line["kind"] == kind for line in lines)]
+    axes = figure.subplots(len(kinds), 2, squeeze=False)
+    for (left, right), kind in zip(axes, kinds, strict=True):
+        for what in dict.fromkeys(line["what"] for line in lines if line["kind"] == kind and line["what"] != BASE):
+            mine = [line for line in lines if (line["kind"], line["what"]) == (kind, what)]
+            x, y = [line["ranks"] for line in mine], np.array([line["samples_per_second"] for line in mine])
+            bars = np.abs([y - [line["low"] for line in mine], [line["high"] for line in mine] - y])
+            left.errorbar(x, y, yerr=bars, marker="o", capsize=3, label=what)
+            right.plot(x, [line["efficiency"] for line in mine], marker="o", label=what)
+        left.set(xlabel="ranks", ylabel="samples per second", title=f"{kind} scaling", xscale="log", yscale="log")
+        right.set(xlabel="ranks", ylabel="efficiency, one torch process = 1", xscale="log", ylim=(0, None))
+        ticks = sorted({line["ranks"] for line in lines})
+        for ax in (left, right):
+            ax.set_xticks(ticks, [str(n) for n in ticks], minor=False)
+            ax.minorticks_off()
+            ax.grid(alpha=0.3)
+        left.legend(fontsize="small")
+    figure.savefig(folder / "scaling.png", dpi=120)
+    return [*paths, folder / "scaling.png"]
+
+
+def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The table for people."""
+    head = (
+        "scaling", "what", "ranks", "nodes", "batch", "samples/s", "95 % interval", "efficiency",
+        "compute / communicate / wait", "staleness", "s to target", "accuracy",
+    )  # fmt: skip
+    text = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
+    for line in lines:
+        split = " / ".join(f"{100 * line[part]:.0f}" for part in ("compute", "communicate", "wait")) + " %"
+        cells = [
+            line["kind"], line["what"], line["ranks"], line["nodes"], line["batch"], f"{line['samples_per_second']:,.0f}",
+            f"{line['low']:,.0f} - {line['high']:,.0f}", _number(line["efficiency"], ".2f"), split,
+            _number(line["staleness"], ".2f"), _number(line["to_target"], ".1f"), _number(100 * line["accuracy"], ".1f"),
+        ]  # fmt: skip
+        text.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(text) + "\n"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if np.isnan(value) else format(value, form)
