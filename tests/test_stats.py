@@ -7,7 +7,7 @@ import time
 import pytest
 
 from hpcasync.backoff import LONGEST, Backoff
-from hpcasync.stats import Staleness, TimeShare
+from hpcasync.stats import Staleness, TimeShare, median_interval
 
 
 def test_clock_runs_between_start_and_stop() -> None:
@@ -72,3 +72,11 @@ def test_backoff_yields_then_sleeps_in_growing_steps() -> None:
     pauses = [backoff.pause() for _ in range(40)]
     assert min(pauses) >= 0
     assert all(pause >= 0.9 * LONGEST for pause in pauses[-5:])
+
+
+def test_median_interval_by_hand() -> None:
+    assert median_interval([3.0]) == (3.0, 3.0, 3.0)
+    assert median_interval([5.0, 1.0, 2.0]) == (2.0, 1.0, 5.0), "too few for 95 %: the extremes"
+    # n = 6: 1 - 2 / 64 = 96.9 % between the extremes; n = 9: 96.1 % between the second ones (binomial table)
+    assert median_interval([1, 2, 3, 4, 5, 6]) == (3.5, 1.0, 6.0)
+    assert median_interval(list(range(1, 10))) == (5.0, 2.0, 8.0)

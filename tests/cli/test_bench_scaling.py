@@ -1,0 +1,64 @@
+"""``hpcasync bench scaling`` under a real mpiexec."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.mpi import MpiRun
+
+SHORT = ["bench", "scaling", "--model", "logistic", "--seconds", "0.1", "--rounds", "2"]
+
+
+def test_two_launches_and_the_table(mpirun: MpiRun, tmp_path: Path) -> None:
+    what = ["--what", "sync", "kstep", "async:gsgm", "async:asgd", "hierarchical", "--every", "2"]
+    mpirun.cli([*SHORT, "--out", tmp_path, *what], n=1)
+    mpirun.cli([*SHORT, "--out", tmp_path, *what, "--target", "0.3", "--epochs", "2", "--kinds", "weak"], n=2)
+    alone, two = (json.loads(next(tmp_path.glob(f"ranks-{n}-*.json")).read_text()) for n in (1, 2))
+    assert [row["what"] for row in alone["rows"]].count("torch") == 4  # weak and strong, two rounds
+    assert len(two["rows"]) == 10 and {row["ranks"] for row in two["rows"]} == {2}
+    for row in [*alone["rows"], *two["rows"]]:
+        assert 0 < row["samples_per_second"] <= row["own"] * 1.01
+        assert row["compute"] + row["communicate"] + row["wait"] == pytest.approx(1, abs=0.01)
+        assert len(row["by_rank"]) == row["ranks"]
+    asynchronous = [row for row in two["rows"] if row["what"] == "async:asgd"]
+    assert all(row["staleness"] >= 0 and 0 < row["accuracy"] <= 1 for row in asynchronous)
+    assert "torch" in mpirun.cli(["bench", "scaling", "--table", "--out", tmp_path], n=None).stdout
+    assert (tmp_path / "scaling.csv").exists() and (tmp_path / "scaling.png").exists()
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # nothing of MPI in it
+def test_a_slow_rank_holds_up_the_others_in_step_only(mpirun: MpiRun, tmp_path: Path) -> None:
+    words = ["--kinds", "weak", "--slow", "1:60", "--rounds", "1", "--what", "sync", "async:asgd", "--out", tmp_path]
+    mpirun.cli([*SHORT, *words], n=2)
+    rows = json.loads(next(tmp_path.glob("ranks-2-*.json")).read_text())["rows"]
+    for row in rows:
+        quick, slow = row["by_rank"]
+        if row["what"] == "sync":
+            assert quick < 2 * slow
+        else:
+            assert quick > 3 * slow
+
+
+BAD = {
+    "--slow 1:0.5": ["slower", "0.5"],
+    "--global-batch 129": ["129", "2 ranks"],
+    "--slow 5:2": ["--slow"],
+    "--seconds 0": ["--seconds"],
+    "--rounds 0": ["--rounds"],
+    "--target 90": ["--target", "0.9"],
+    "--what async:adam": ["adam"],
+    "--data nothing": ["nothing"],
+    "--out /proc/x": ["/proc/x"],
+}
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input(mpirun: MpiRun, words: str, tmp_path: Path) -> None:
+    several = list(BAD).index(words) < 2  # the others are the same on one rank
+    done = mpirun.cli([*SHORT, "--out", tmp_path, *words.split()], n=2 if several else None, check=False)
+    assert done.returncode == 2, done.stderr
+    assert all(word in done.stderr for word in BAD[words]) and "Traceback" not in done.stderr
