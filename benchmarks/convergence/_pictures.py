@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 MOST_CURVES = 8  # cells; more are not legible in one picture
+MOST_BELOW = 60  # points that a panel shows below its best
 
 
 def curves(path: Path, table: Mapping[str, Mapping[str, tuple[float, Sequence[np.ndarray]]]]) -> None:
@@ -58,7 +59,7 @@ def panels(
         table: panel -> method -> (x, mean, standard deviation).
         xlabel: of all panels.
         ylabel: of all panels.
-        span: height of a panel below its best value; None: all of it.
+        span: height of a panel below its best mean at least; None: all of it.
         log: whether x is logarithmic.
     """
     from matplotlib.figure import Figure
@@ -78,14 +79,16 @@ def panels(
             x, mean, sd = np.array(sorted(points)).T
             nudge = 1 + 0.012 * (names.index(m) - len(names) / 2) if log else 1
             axis.errorbar(x * nudge, mean, sd, label=m, color=f"C{names.index(m) % 10}", marker="o", ms=3, lw=1.2, capsize=2)
-        top = max(mean + sd for points in methods.values() for _, mean, sd in points)
+        means = [mean for points in methods.values() for _, mean, _ in points]
         if log and every[0] > 0:
             axis.set_xscale("log")
         axis.set_xticks(every, [f"{x:g}" for x in every], minor=False)
         axis.minorticks_off()
         axis.set(title=panel, xlabel=xlabel, ylabel=ylabel)
         if span is not None:
-            axis.set_ylim(top - span, top + 0.05 * span)
+            top = max(means)
+            below = min(max(span, 1.05 * (top - min(means))), MOST_BELOW)
+            axis.set_ylim(top - below, top + 0.15 * span)
         axis.grid(alpha=0.3)
     handles: dict[str, object] = {}
     for axis in axes[: len(table)]:

@@ -81,7 +81,8 @@ def _cells() -> list[Cell]:
     longer = {"epochs": 12, "eval_updates": 480}
     cells += [_long(base, workers, longer) for base in ("sgd", "rmsprop") for workers in (32, 16)]
     short = {"epochs": 2, "eval_updates": 192}
-    cells += [_cell(data, "lenet5", "sgd", 16, CORE, **short) for data in ("fashion-mnist", "mnist")]
+    order = [(b, p) for p in WORKERS for b in ("sgd", "momentum", "adam", "rmsprop")]
+    cells += [_cell(data, "lenet5", b, p, CORE, **short) for b, p in order for data in ("fashion-mnist", "mnist")]
     return cells
 
 
