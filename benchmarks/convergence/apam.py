@@ -21,7 +21,7 @@ from _recipe import SMALL, Cell, Line, Table, above, main
 WORKERS = (1, 4, 10, 20)
 DELAYS = (0, 5, 20, 50, 100, 200, 400)
 GLOBAL_BATCH = 40
-GRID = (4e-4, 1e-3, 2.5e-3)
+GRID = (6.4e-5, 1.6e-4, 4e-4, 1e-3, 2.5e-3, 6.25e-3)
 OURS, SYNC = "apam", "sync amsgrad"
 # The grid in each method's unit: momentum's steps are 10 times as long as sgd's.
 RIVALS: dict[str, Any] = {
@@ -50,7 +50,7 @@ def _scaling(workers: int, samples: int = 4800, epochs: int = 3) -> Cell:
         return Cell(f"mnist, lenet5, P={workers}", {**data, **_machine(workers)}, methods, GRID)
     few = {m: methods[m] for m in (OURS, SYNC)}
     return Cell(
-        f"{samples * epochs // GLOBAL_BATCH} updates, mnist, lenet5, P={workers}", {**data, **_machine(workers)}, few, GRID[:2]
+        f"{samples * epochs // GLOBAL_BATCH} updates, mnist, lenet5, P={workers}", {**data, **_machine(workers)}, few, GRID
     )
 
 
@@ -65,8 +65,7 @@ def _delay(delay: int, epochs: int = 4) -> Cell:
     }
     common = {**data, "eval_every": 99, "workers": 1, "batch": GLOBAL_BATCH, "delay": delay}
     name = "mnist, small" if epochs == 4 else f"{epochs} epochs, mnist, small"
-    rates = (6.4e-5, 1.6e-4, *GRID, 6.25e-3)
-    return Cell(f"{name}, delay {delay}", common, ASYNC, rates if epochs == 4 else rates[:4])
+    return Cell(f"{name}, delay {delay}", common, ASYNC, GRID if epochs == 4 else GRID[:4])
 
 
 CELLS = [
