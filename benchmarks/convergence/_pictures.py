@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 MOST_CURVES = 8  # cells; more are not legible in one picture
-MOST_BELOW = 60  # points that a panel shows below its best
+MOST_BELOW = 80  # points that a panel shows below its best
 
 
 def curves(path: Path, table: Mapping[str, Mapping[str, tuple[float, Sequence[np.ndarray]]]]) -> None:
