@@ -84,6 +84,7 @@ def _measure(args: argparse.Namespace) -> int:
 
     world = init(device=args.device, threads=args.threads)
     keys: dict[str, Any] = {name: getattr(args, name) for name in ("data", "model", "threads", "epochs", "device")}
+    keys["checkpoint_every"] = 0
     problem, rows = None, []
     try:
         slow = parse_slow(args.slow, world.size) or (1.0,) * world.size

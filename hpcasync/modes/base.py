@@ -26,6 +26,7 @@ class Mode(torch.optim.Optimizer):
 
     Attributes:
         world: the ranks.
+        everyone: the same but in mode hierarchical, whose ``world`` is this rank's group: all ranks.
         share: where this rank's time went.
         staleness: histogram of this rank's pushes (empty in synchronous modes).
         updates: steps of this rank that changed the model.
@@ -50,6 +51,7 @@ class Mode(torch.optim.Optimizer):
         super().__init__(groups, defaults)
         self._fixed = True
         self.world = init() if world is None else world
+        self.everyone: World = getattr(self, "everyone", self.world)
         self.share = TimeShare()
         self.staleness = Staleness()
         self.updates = 0

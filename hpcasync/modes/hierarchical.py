@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 from typing import Any
 
+import numpy as np
 import torch
 
 from hpcasync.comm import Collectives, Pending, World, agree, init, make_collectives
@@ -177,7 +178,7 @@ class Hierarchical(Async):
 
         Collective over all ranks.
         """
-        if self._since:
+        if self._since or self._pending is not None:
             self.average()
         super().synchronize()
 
@@ -214,6 +215,28 @@ class Hierarchical(Async):
                 if mine.shape != saved.shape:
                     raise UsageError(f"block state: found {saved.size} elements, expected {mine.size}")
                 mine[:] = saved
+
+    def settle(self) -> None:
+        """End an average that is under way, between steps, so that what the groups have is all there is. Collective over all."""
+        self._barrier()
+        if self._pending is not None:
+            self._finish()
+        self.everyone.collectives.barrier()
+        self._barrier()
+
+    def block_state(self) -> dict[str, np.ndarray]:
+        """The model after the last average and the block's momentum, flat, the same in all groups; on first ranks only."""
+        return {} if self._heads is None else {"anchor": self._anchor, "velocity": self._velocity}
+
+    def load_block(self, saved: dict[str, np.ndarray] | None, since: int, averages: int) -> None:
+        """Go on inside a block: ``saved`` is what ``block_state`` gave, on rank 0 of all. Collective over all ranks."""
+        self._since, self.averages = since, averages
+        for name, mine in self.block_state().items():
+            if self.everyone.rank == 0 and saved is not None:
+                mine[:] = saved[name]
+            assert self._heads is not None
+            self._heads.collectives.broadcast(mine)
+        self.everyone.collectives.barrier()
 
     def close(self) -> None:
         if self._closed:

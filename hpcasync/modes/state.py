@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hpcasync.modes.asynchronous import Async
 from hpcasync.modes.base import Mode
+from hpcasync.modes.hierarchical import Hierarchical
 from hpcasync.modes.kstep import KStep
 from hpcasync.modes.wrapper import Wrapper
 from hpcasync.store import IDLE
@@ -79,18 +80,31 @@ def shared_state(mode: Mode) -> dict[str, Any]:
     rest = {name: t.detach() for name, t in other_tensors(mode).items()}
     if not isinstance(mode, Async):
         return {"model": {n: p.detach() for n, p in named_parameters(mode).items()} | rest} if mode.world.rank == 0 else {}
-    store = mode.store
-    versions = store.shard_versions()
-    state = store.snapshot(mode._worker)
+    if isinstance(mode, Hierarchical):
+        if mode.everyone.rank:
+            return {}
+        found = _group_state(mode)
+        return {"model": found["model"] | rest, "block": mode.block_state(), "groups": mode.groups}
+    versions, state = mode.store.shard_versions(), mode.store.snapshot(mode._worker)
     if mode.world.rank:
         return {}
+    found = _rule_state(mode, state, versions)
+    return found | {"model": found["model"] | rest}
+
+
+def _rule_state(mode: Async, state: np.ndarray, versions: list[int]) -> dict[str, Any]:
     rows = [_by_name(mode, row) for row in state]
     return {
-        "model": rows[0] | rest,
+        "model": rows[0],
         "vectors": {v.name: row for v, row in zip(mode.rule.vectors, rows[1:], strict=True)},
         "versions": np.array(versions, np.int64),
-        "notes": np.array(store.notes),
+        "notes": np.array(mode.store.notes),
     }
+
+
+def _group_state(mode: Hierarchical) -> dict[str, Any]:
+    """What the ranks of a group share, as it lies in their memory: nobody pushes. A checkpoint stores equal arrays once."""
+    return _rule_state(mode, mode.store.state, mode.store.shard_versions())
 
 
 def rank_state(mode: Mode, clock: int) -> dict[str, Any]:
@@ -102,6 +116,8 @@ def rank_state(mode: Mode, clock: int) -> dict[str, Any]:
     worker = mode._worker
     # Across nodes the vectors of the rules without own copies stand where they are used, at the shards' owners.
     private = mode.rule.private_vectors[: len(worker.private)]
+    if isinstance(mode, Hierarchical):
+        own |= {"group": _group_state(mode), "since": mode._since, "averages": mode.averages}
     return own | {
         "copy": _by_name(mode, mode._out) if mode.rule.own_copy else {},
         "private": {v.name: _by_name(mode, worker.private[row]) for row, v in enumerate(private)},
@@ -131,6 +147,8 @@ def restore(mode: Mode, shared: Any, own: Any, *, same: bool, mean: Mean) -> tup
     with torch.no_grad():
         for name, tensor in other_tensors(mode).items():
             tensor.copy_(own["rest"][name])
+    if isinstance(mode, Hierarchical):
+        return _restore_groups(mode, shared, own, same, mean)
     if isinstance(mode, Async):
         return _restore_async(mode, shared, own, same)
     assert isinstance(mode, Wrapper)
@@ -145,6 +163,23 @@ def restore(mode: Mode, shared: Any, own: Any, *, same: bool, mean: Mean) -> tup
     with torch.no_grad():
         for name, p in named_parameters(mode).items():
             p.copy_(values[name])
+    return reset
+
+
+def _restore_groups(mode: Hierarchical, shared: Any, own: Any, same: bool, mean: Mean) -> tuple[str, ...]:
+    """Each group's own state; on other ranks or groups all go on from the groups' mean, inside the same block momentum."""
+    same = same and mode.everyone.gather(shared["groups"] if mode.everyone.rank == 0 else None)[0] == mode.groups
+    group, since = own["group"], own["since"]
+    reset: tuple[str, ...] = ()
+    if not same:
+        if mode.everyone.gather(since)[0]:
+            reset = ("the groups' models inside a block of steps: all go on from their mean",)
+        group = group | {"model": mean("mode/group/model")}
+        since = 0
+        if mode.rule.vectors:
+            reset += (f"{', '.join(v.name for v in mode.rule.vectors)} of rule {mode.rule.name}: of one of the groups before",)
+    reset += _restore_async(mode, group if mode.world.rank == 0 else None, own, same)
+    mode.load_block(shared["block"] if mode.everyone.rank == 0 else None, since, own["averages"])
     return reset
 
 

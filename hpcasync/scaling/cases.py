@@ -70,7 +70,5 @@ def make_cases(
             chosen |= {k: v for k, v in (block or {}).items() if k in takes.get(mode, ())}
             if mode == "hierarchical":
                 chosen["groups"] = 2 if ranks % 2 == 0 else 1
-            else:
-                chosen["checkpoint_every"] = 0
             cases.append(Case(kind, name, make_config(keys, chosen, workers=lambda: ranks)))
     return cases

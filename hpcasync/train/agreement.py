@@ -10,7 +10,7 @@ import numpy as np
 
 from hpcasync.backoff import Backoff
 from hpcasync.comm import World
-from hpcasync.modes import Async, KStep, Mode
+from hpcasync.modes import Async, Hierarchical, KStep, Mode
 from hpcasync.train import signals
 
 LOOK_SECONDS = 0.25
@@ -31,7 +31,7 @@ class Agreement:
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
-        self.world: World = mode.world
+        self.world: World = mode.everyone
 
     def wanted(self, due: bool) -> bool:
         """After a step: whether all ranks come to a decision here.
@@ -56,9 +56,9 @@ class Agreement:
 
 class InStep(Agreement):
     """For ranks that make the same steps together: saves are due on all at the same step, and signals are asked for in
-    one small allreduce about four times a second, right after a step (sync) or an average (kstep) that was collective
-    anyhow, and at the end of an epoch. How many steps that is follows from the slowest rank's pace, so that all ranks
-    ask at the same step.
+    one small allreduce about four times a second, right after a step (sync) or an average (kstep, hierarchical) that was
+    collective anyhow, and at the end of an epoch. How many steps that is follows from the slowest rank's pace, so that all
+    ranks ask at the same step.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -83,7 +83,7 @@ class InStep(Agreement):
         self._comm.Free()
 
     def _look(self) -> None:
-        if isinstance(self.mode, KStep):
+        if isinstance(self.mode, (KStep, Hierarchical)):
             if self.mode.averages == self._averages:
                 return
             self._averages = self.mode.averages
@@ -171,9 +171,14 @@ class Free(Agreement):
 
 def make_agreement(mode: Mode) -> Agreement:
     """The one that fits the mode. Collective."""
-    if mode.world.size == 1:
+    if mode.everyone.size == 1:
         return Agreement(mode)
-    return Free(mode) if isinstance(mode, Async) else InStep(mode)
+    return Free(mode) if goes_free(mode) else InStep(mode)
+
+
+def goes_free(mode: Mode) -> bool:
+    """Whether each rank makes its steps at its own pace, and need not make as many as the others."""
+    return isinstance(mode, Async) and not isinstance(mode, Hierarchical)
 
 
 def _wait(request: Any, meanwhile: Any = None) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hpcasync.errors import UsageError
-from hpcasync.modes import Mode, state
+from hpcasync.modes import Hierarchical, Mode, state
 from hpcasync.train.checkpoint_ranks import Reading, read_ranks, write_ranks
 
 
@@ -40,7 +40,7 @@ def save_checkpoint(
 
     Args:
         path: of the file; only rank 0 writes.
-        mode: an `Async`, a `Sync` or a `KStep`.
+        mode: an `Async`, a `Sync`, a `KStep` or a `Hierarchical`.
         extra: anything of tensors, arrays, numbers, texts, dicts, lists and tuples; each rank's own.
         facts: small and plain, of rank 0; anyone can read them without a model (``checkpoint_facts``).
         parts: by name what else has a state, such as ``loader=batches, schedule=scheduler``; each rank's own.
@@ -50,7 +50,9 @@ def save_checkpoint(
             ``path`` stays.
     """
     with state.idle(mode) as clock:
-        mode.world.collectives.barrier()
+        mode.everyone.collectives.barrier()
+        if isinstance(mode, Hierarchical):
+            mode.settle()
         shared = state.shared_state(mode)
         about = {**(facts or {}), "identity": state.identity(mode), "model": state.shapes(mode)}
         own = {
@@ -59,7 +61,7 @@ def save_checkpoint(
             "random": _random_state(mode),
             "extra": extra,
         }
-        write_ranks(Path(path), mode.world, about, shared, own)
+        write_ranks(Path(path), mode.everyone, about, shared, own)
 
 
 def load_checkpoint(path: str | os.PathLike[str], mode: Mode, **parts: Stateful) -> Any:
@@ -80,7 +82,7 @@ def load_checkpoint(path: str | os.PathLike[str], mode: Mode, **parts: Stateful)
         UsageError: the same on every rank: not there, damaged, of a newer format, of another mode, rule or model; nothing
             has been changed then.
     """
-    with read_ranks(Path(path), mode.world) as source:
+    with read_ranks(Path(path), mode.everyone) as source:
         return restore(source, mode, parts)
 
 
@@ -100,7 +102,7 @@ class Restored:
 def restore(source: Reading, mode: Mode, parts: Mapping[str, Stateful]) -> Restored:
     """Restore from an open checkpoint. Collective. See ``load_checkpoint``."""
     check_model(source, mode)
-    same = source.ranks == mode.world.size
+    same = source.ranks == mode.everyone.size
     shared, own = source.shared(), source.own()
     missing = sorted(parts.keys() - own["parts"].keys())
     if missing:
@@ -148,7 +150,7 @@ def _elsewhere(saved: Any) -> Any:
 
 
 def _random_state(mode: Mode) -> dict[str, Any]:
-    device = mode.world.device
+    device = mode.everyone.device
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate(), **cuda}
 

@@ -218,9 +218,6 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
             raise UsageError(f"--{key} belongs to guided SGD; give --guided too, or leave it out")
     if "preset" in keys:
         keys = _with_preset(keys, workers or _ranks)
-    if mode in _HIERARCHICAL:
-        for key in [k for k in ("checkpoint_every", "resume") if k in keys]:
-            raise UsageError(f"--{key.replace('_', '-')}: mode hierarchical has no checkpoints yet; leave it out")
     if mode in _BLOCK:
         parse_every(keys.get("every", 1), "--every")
         check_delay(keys.get("delay", 0), BlockOptions(**{k: keys[k] for k in BLOCK_KEYS if k in keys}))

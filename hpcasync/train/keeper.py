@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcasync.errors import UsageError
-from hpcasync.modes import Async, Hierarchical
 from hpcasync.modes.recorder import Event
 from hpcasync.modes.state import idle
-from hpcasync.train import signals
-from hpcasync.train.agreement import Agreement, Decision, make_agreement
+from hpcasync.train.agreement import Decision, goes_free, make_agreement
 from hpcasync.train.checkpoint import Stateful, restore, save_checkpoint
 from hpcasync.train.checkpoint_folder import next_checkpoint, prune, sweep
 from hpcasync.train.checkpoint_ranks import Reading
@@ -39,9 +37,7 @@ class Keeper:
     def __init__(self, run: Run, folder: RunFolder | None) -> None:
         self._run, self._folder = run, folder
         self._every, self._keep = run.config.checkpoint_every, run.config.keep
-        # The groups' states have no place in a checkpoint yet; see make_config.
-        self._kept = not isinstance(run.mode, Hierarchical)
-        self._agreement = make_agreement(run.mode) if self._kept else Agreement(run.mode)
+        self._agreement = make_agreement(run.mode)
         self._warned = False
         self.resumed_from, self.restarts, self.newest = "", 0, ""
         self.reset: tuple[str, ...] = ()
@@ -51,10 +47,6 @@ class Keeper:
     def after_step(self) -> bool:
         """Save if it is time or if a signal came; whether to stop. Collective in the modes whose steps are."""
         run = self._run
-        if not self._kept:
-            if signals.received():
-                raise RuntimeError(f"stopped by {signals.received()}: mode {run.mode.mode} has no checkpoints, nothing is saved")
-            return False
         due = self._every is not None and self._every > 0 and run.steps % self._every == 0
         if not self._agreement.wanted(due):
             return False
@@ -62,7 +54,7 @@ class Keeper:
 
     def end_of_epoch(self) -> bool:
         """Whether to stop. Mode async: waits for those that still work on their epoch, saving with them. Collective."""
-        while self._kept and isinstance(self._run.mode, Async):
+        while goes_free(self._run.mode):
             decision = self._meet(False, end=True)
             if decision.stop or decision.end:
                 return decision.stop
@@ -74,7 +66,7 @@ class Keeper:
     def after_epoch(self) -> None:
         """Save if epochs are what is saved after, or if the run is over. Collective."""
         over = self._run.epoch > self._run.config.epochs
-        if self._kept and (self._every is None or (over and self._every > 0)):
+        if self._every is None or (over and self._every > 0):
             self._save(must=False)
 
     def close(self) -> None:

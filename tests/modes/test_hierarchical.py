@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,103 @@ def test_state_goes_on_as_if_never_stopped(mpirun: MpiRun) -> None:
     )
 
 
+CHECKPOINT = """
+    import numpy as np, torch
+    import hpcasync as ha
+    from tests.modes.toys import flat, mlp, train
+
+    world = ha.init()
+
+    def make(model, groups, delay=0):
+        rule = ha.rules.TrendSmooth(base="momentum", lr=0.05)
+        return ha.Hierarchical(model, rule, every=4, block_momentum=0.5, delay=delay, groups=groups, world=world)
+    """
+
+
+def test_a_checkpoint_inside_a_block_goes_on_as_if_never_stopped(mpirun: MpiRun, tmp_path: Path) -> None:
+    """Groups of one rank are deterministic. With a delay an average is under way when the checkpoint is made."""
+    mpirun(
+        CHECKPOINT
+        + f"""
+    for delay in (0, 3):
+        path = f"{tmp_path}/{{delay}}.h5"
+        model = mlp()
+        opt = make(model, 2, delay)
+        train(opt, model, range(9), world.rank)
+        assert (opt._pending is None) == (delay == 0)
+        ha.save_checkpoint(path, opt)
+        train(opt, model, range(9, 20), world.rank)
+        opt.synchronize()
+        expected, averages = flat(model).copy(), opt.averages
+        opt.close()
+
+        model = mlp()
+        opt = make(model, 2, delay)
+        restored = ha.load_checkpoint(path, opt)
+        assert restored.reset == () and opt.steps == 9
+        train(opt, model, range(9, 20), world.rank)
+        opt.synchronize()
+        assert np.array_equal(expected, flat(model)) and opt.averages == averages, delay
+        opt.close()
+    """,
+        2,
+    )
+
+
+@mpich
+def test_on_other_groups_all_go_on_from_the_mean(mpirun: MpiRun, tmp_path: Path) -> None:
+    """Four ranks in two groups, then two groups of one, one group of two, and one rank."""
+    mpirun(
+        CHECKPOINT
+        + f"""
+    model = mlp()
+    opt = make(model, 2)
+    train(opt, model, range(6), world.rank)  # an average after 4 steps: two more inside a block
+    ha.save_checkpoint("{tmp_path}/four.h5", opt)
+    group = opt.store.state[0].copy()
+    models = world.gather(group)
+    velocity = opt.block_state().get("velocity")
+    world.collectives.barrier()
+    if world.rank == 0:
+        np.savez("{tmp_path}/four.npz", mean=np.mean([m.astype(np.float64) for m in models], axis=0), velocity=velocity)
+        assert not np.array_equal(models[0], models[-1]) and velocity.any()
+    opt.close()
+    """,
+        4,
+    )
+    for ranks, groups in ((2, 2), (2, 1), (1, 1)):
+        mpirun(
+            CHECKPOINT
+            + f"""
+    model = mlp()
+    opt = make(model, {groups})
+    restored = ha.load_checkpoint("{tmp_path}/four.h5", opt)
+    assert "mean" in restored.reset[0] and any("buffer" in text or "momentum" in text for text in restored.reset), restored.reset
+    saved = np.load("{tmp_path}/four.npz")
+    assert np.allclose(opt.store.state[0], saved["mean"], atol=1e-7) and opt._since == 0
+    assert all(np.array_equal(part, saved["velocity"]) for name, part in opt.block_state().items() if name == "velocity")
+    train(opt, model, range(6, 12), world.rank)
+    opt.synchronize()
+    assert np.isfinite(flat(model)).all()
+    opt.close()
+    """,
+            ranks,
+        )
+
+
+@mpich
+def test_stopped_and_resumed_from_the_shell(mpirun: MpiRun, tmp_path: Path) -> None:
+    """Every K steps a checkpoint; going on from the last one before the end gives the same bits."""
+    args = ["train", "--mode", "hierarchical", "--groups", "2", "--every", "6", "--block-momentum", "0.3", "--model", "logistic"]
+    args += ["--epochs", "2", "--batch", "64", "--seed", "3", "--json", "--checkpoint-every", "7", "--keep", "2"]
+    whole = json.loads(mpirun.cli([*args, "--output", tmp_path / "whole"], 2).stdout.splitlines()[-1])
+    first, last = sorted((tmp_path / "whole").glob("checkpoint-*.h5"))
+    assert first != last
+    again = json.loads(mpirun.cli([*args, "--output", tmp_path / "again", "--resume", first], 2).stdout.splitlines()[-1])
+    assert again["resumed_from"] and again["restarts"] == 1
+    assert (again["test_loss"], again["test_accuracy"]) == (whole["test_loss"], whole["test_accuracy"])
+
+
 @mpich
 def test_from_the_shell(mpirun: MpiRun) -> None:
     args = ["train", "--mode", "hierarchical", "--groups", "2", "--every", "8", "--block-momentum", "0.3", "--delay", "4"]
@@ -133,7 +231,6 @@ def test_from_the_shell(mpirun: MpiRun) -> None:
         (["--groups", "3"], 2, "groups=3: 3 per node, but a node has 2 rank(s)"),
         (["--every", "4", "--delay", "4"], 1, "delay=4: expected fewer steps than every"),
         (["--inner-state", "average", "--delay", "1"], 1, "inner_state='average' with delay=1"),
-        (["--checkpoint-every", "5"], 1, "mode hierarchical has no checkpoints yet"),
         (["--rule", "easgd"], 1, "rule 'easgd' trains a copy per rank"),
         (["--preset", "bmuf"], 1, "--preset belongs to mode kstep"),
     ],
