@@ -16,12 +16,14 @@ from hpcasync.kernels import block_update
 from hpcasync.modes.interval import interval_at, parse_every
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.delay import Delay
+from hpcasync.simulate.overlap import Overlap
 from hpcasync.simulate.polling import noticed
 from hpcasync.simulate.simulation import Simulation
 from hpcasync.simulate.worker import Phase, Virtual
 from hpcasync.store import IDLE
 
-_CHANGE, _ARRIVE, _PATIENCE, _CALLED = 0, 1, 2, 3  # of events at the same time, who comes and goes first; then by worker
+# Of events at the same time, who comes and goes first; then by worker.
+_CHANGE, _ARRIVE, _PATIENCE, _CALLED, _SUMMED = 0, 1, 2, 3, 4
 
 
 class Asynchronous(Simulation):
@@ -45,7 +47,9 @@ class Asynchronous(Simulation):
             raise UsageError(f"rule {self.rule.name!r} ties asynchronous workers to a shared centre; use mode async")
         if config.delay and self.rule.own_copy:
             raise UsageError(f"--delay: rule {self.rule.name!r} computes at copies that are the workers' own")
-        self._delay = Delay(self.stores[0], config.delay, config.seed) if config.delay else None
+        artificial = config.delay and config.mode == "async"
+        self._delay = Delay(self.stores[0], config.delay, config.seed) if artificial else None
+        self._overlap = Overlap(config.delay, self._block) if config.delay and not artificial else None
         given = config.staleness
         self._bound = None if alone else self.rule.default_staleness if given is None else given
         self._discard = getattr(self.rule, "out_of_turn", "hold") == "discard"
@@ -87,6 +91,9 @@ class Asynchronous(Simulation):
                 pass  # _settle finds that its turn has come
             elif kind == _CALLED:
                 self._enter(worker)
+            elif kind == _SUMMED:
+                self._end_overlapped(worker)
+                self._read_on(worker, self.now)
             elif joins:
                 self._join(worker)
             else:
@@ -197,19 +204,77 @@ class Asynchronous(Simulation):
             self.stores[worker.group].pull(worker.view, worker.out)
 
     def _next(self, worker: Virtual, done: float) -> None:
+        warm = worker.steps <= self.config.warm_start
+        due = self._averaging and (warm or worker.since >= interval_at(self._every, worker.steps - worker.since))
         if worker.step == len(worker.batches) and not worker.replays:
             if not self.config.free_running:
+                if due and not warm and self._overlap is not None:
+                    self._begin_overlapped(worker)
                 self._wait_as(worker, Phase.DONE)
                 return
             worker.begin_epoch(worker.epoch + 1)
-        warm = worker.steps <= self.config.warm_start
-        if self._averaging and (warm or worker.since >= interval_at(self._every, worker.steps - worker.since)):
+        if self._overlap is not None and self._waits_for_sum(worker):
+            return
+        if due and (warm or self._overlap is None):
             self._wait_as(worker, Phase.BLOCK)
-        elif self._ahead(worker):
+            return
+        if due:
+            self._begin_overlapped(worker)
+        self._read_on(worker, done)
+
+    def _read_on(self, worker: Virtual, done: float) -> None:
+        """Read, unless the worker is too far ahead."""
+        if self._ahead(worker):
             worker.phase = Phase.GATED
             worker.gated = self.now
         else:
             self._read(worker, done)
+
+    # Averages while all compute.
+
+    def _leads(self, worker: Virtual) -> bool:
+        return worker.index == min(w.index for w in self.alive if w.group == worker.group)
+
+    def _waits_for_sum(self, worker: Virtual) -> bool:
+        """Whether the first worker of a group has to wait for the sum, D steps after it was begun; else it is put in."""
+        overlap = self._overlap
+        assert overlap is not None
+        if worker.since < overlap.delay or not overlap.under_way(worker.group) or not self._leads(worker):
+            return False
+        if overlap.ends(worker.group) and overlap.ready <= self.now:
+            self._end_overlapped(worker)
+            return False
+        worker.phase = Phase.SUM
+        if overlap.ends(worker.group):
+            self._await_sum(worker)
+        return True
+
+    def _begin_overlapped(self, worker: Virtual) -> None:
+        worker.since = 0
+        if self._leads(worker):
+            assert self._overlap is not None
+            self._overlap.begin(worker.group, self.stores[worker.group].state[0])
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Make the sum if all groups with workers have sent; those that wait for it go on when it is there."""
+        assert self._overlap is not None
+        groups = sorted({w.group for w in self.alive})
+        if self._overlap.complete(groups, self.now, self.cluster.network.allreduce(self.nbytes, len(groups))):
+            for worker in self.alive:
+                if worker.phase is Phase.SUM:
+                    self._await_sum(worker)
+
+    def _await_sum(self, worker: Virtual) -> None:
+        assert self._overlap is not None
+        worker.communicate += max(0.0, self._overlap.ready - self.now)
+        when = max(self.now, self._overlap.ready)
+        heapq.heappush(self._events, (when, _SUMMED, worker.index, worker.life, False))
+
+    def _end_overlapped(self, worker: Virtual) -> None:
+        assert self._overlap is not None
+        self._overlap.end(worker.group, self.stores[worker.group].state[0])
+        self._reread(worker)
 
     def _wait_as(self, worker: Virtual, phase: Phase) -> None:
         """Wait for all; meanwhile nobody waits for this worker."""
@@ -256,6 +321,8 @@ class Asynchronous(Simulation):
         worker.called = False
         if worker in self._held:
             self._held.remove(worker)
+        if self._overlap is not None and self.alive:
+            self._sum_up()
 
     # What others wait for.
 
@@ -276,6 +343,7 @@ class Asynchronous(Simulation):
         if any(w.phase not in (Phase.BLOCK, Phase.DONE) for w in alive):
             return True
         if any(w.phase is Phase.BLOCK for w in alive):
+            self._end_averages(alive)
             self._average(alive, plain=all(w.steps <= self.config.warm_start for w in alive))
             self._resume([w for w in alive if w.phase is Phase.BLOCK])
             return True
@@ -316,6 +384,7 @@ class Asynchronous(Simulation):
 
     def _end_epoch(self, alive: list[Virtual]) -> bool:
         """All have done their share: one model, evaluation, and the next epoch."""
+        self._end_averages(alive)
         if self._averaging and self._since:
             self._average(alive, plain=False)
         for worker in alive:
@@ -348,6 +417,25 @@ class Asynchronous(Simulation):
         for worker in workers:
             self._read(worker, self.now)
 
+    def _end_averages(self, alive: list[Virtual]) -> None:
+        """All wait: put in what is still under way."""
+        if self._overlap is None:
+            return
+        for group in sorted({w.group for w in alive}):
+            if self._overlap.ends(group):
+                self.now = max(self.now, self._overlap.ready)
+                self._overlap.end(group, self.stores[group].state[0])
+        self._overlap.drop()
+
+    def _block(self, total: np.ndarray, count: int, plain: bool = False) -> None:
+        """The block step from the sum of ``count`` models, in place."""
+        mu, lr = self.config.block_momentum, self.config.block_lr
+        if plain or (mu == 0 and lr == 1):
+            total /= np.float32(count)
+            self._anchor[:] = total
+        else:
+            block_update(total, self._anchor, self._velocity, count, mu, lr, self.config.nesterov)
+
     def _average(self, alive: list[Virtual], *, plain: bool) -> None:
         """Average the models of the groups that have workers, with block momentum; all read the result."""
         groups = sorted({w.group for w in alive})
@@ -358,12 +446,7 @@ class Asynchronous(Simulation):
         np.copyto(self._sum, stores[0].state[0])
         for store in stores[1:]:
             self._sum += store.state[0]
-        mu, lr = self.config.block_momentum, self.config.block_lr
-        if plain or (mu == 0 and lr == 1):
-            self._sum /= np.float32(len(groups))
-            self._anchor[:] = self._sum
-        else:
-            block_update(self._sum, self._anchor, self._velocity, len(groups), mu, lr, self.config.nesterov)
+        self._block(self._sum, len(groups), plain)
         for store in self.stores:
             store.state[0] = self._sum
             if self.config.inner_state == "reset":

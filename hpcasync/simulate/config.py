@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcasync.errors import UsageError, unknown
+from hpcasync.modes.block import BLOCK_KEYS, BlockOptions, check_delay
 from hpcasync.simulate.cluster import Cluster, Network, parse_changes, parse_network, parse_slow
 from hpcasync.simulate.distributions import Distribution, parse_distribution
 from hpcasync.simulate.like import read_like
@@ -29,7 +30,8 @@ SIMULATE_OPTIONS = (
     Option("groups", int, 2, "groups, asynchronous inside, K-step averages among them", ("hierarchical",)),
     Option("like", str, None, "folder of a live run: its number of workers, compute and communication times"),
     Option("free_running", bool, False, "no meeting at the end of an epoch", ("async",)),
-    Option("delay", int, 0, "artificial delay: a read is of one of the last N + 1 versions, at random", ("async",)),
+    Option("delay", int, 0, "mode async, artificial delay: a read is of one of the last N + 1 versions, at random; mode "
+           "hierarchical: steps that an average may take while the workers compute", ("async", "hierarchical")),
     Option("eval_updates", int, None, "evaluate also after so many pushes", ("async", "hierarchical")),
     Option("naive", bool, False, "evaluate gradients one by one"),
     Option("dry", bool, False, "no gradients: throughput, queueing and staleness only", ("async",)),
@@ -138,6 +140,10 @@ def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
     base = {k: v for k, v in _base_config(keys, mine.get("workers", SimulateConfig.workers)).items() if k not in own}
     config = SimulateConfig(**(base | mine))
     _ = config.cluster  # raises for what does not parse
+    if mode == "hierarchical" and config.delay:
+        check_delay(config.delay, BlockOptions(**{k: getattr(config, k) for k in BLOCK_KEYS}))
+        if config.inner_state != "keep":
+            raise UsageError(f"--inner-state {config.inner_state} with --delay {config.delay}: expected keep, or no delay")
     if mode == "hierarchical" and config.groups > config.workers:
         raise UsageError(f"--groups={config.groups}: more groups than the {config.workers} workers")
     return config

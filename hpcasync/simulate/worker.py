@@ -24,6 +24,8 @@ class Phase(Enum):
     """Too far ahead of the slowest."""
     BLOCK = auto()
     """Waiting for the average at the end of a block."""
+    SUM = auto()
+    """Waiting for the sum of an average that goes on while the others compute."""
     DONE = auto()
     """Waiting for the others at the end of the epoch."""
 

@@ -10,6 +10,7 @@ import pytest
 from hpcasync.errors import UsageError
 from hpcasync.modes.block import BlockOptions, check_delay
 from hpcasync.train.config import make_config
+from tests.hosts import HostsRun
 from tests.mpi import MpiRun
 
 mpich = pytest.mark.parametrize("lane", ["mpich"], indirect=True)
@@ -71,12 +72,14 @@ def test_groups_of_two_train_and_end_with_one_model(mpirun: MpiRun, delay: int) 
             model = mlp()
             opt = ha.Hierarchical(model, rule, every=3, block_momentum=0.3, groups=2, delay={delay}, staleness=4, world=world)
             start = flat(model).copy()
-            train(opt, model, range(10), world.rank)
+            train(opt, model, range(9), world.rank)
+            opt.synchronize()  # with a delay the third average has just begun
+            train(opt, model, range(9, 10), world.rank)
             opt.synchronize()
             everyone = world.gather(flat(model).copy())
             assert all(np.array_equal(everyone[0], w) for w in everyone), rule.name
             assert not np.array_equal(start, everyone[0]) and np.isfinite(everyone[0]).all()
-            assert opt.averages == 4 and opt.groups == 2 and opt.world.size == 2
+            assert opt.averages == 4 + (opt._delay > 0) and opt.groups == 2 and opt.world.size == 2
             opt.close()
         """,
         4,
@@ -216,6 +219,19 @@ def test_stopped_and_resumed_from_the_shell(mpirun: MpiRun, tmp_path: Path) -> N
 
 
 @mpich
+@pytest.mark.parametrize("delay", [0, 3])
+def test_the_simulator_makes_the_same_run(mpirun: MpiRun, tmp_path: Path, delay: int) -> None:
+    """Groups of one rank go the same way whatever the times are: same batches, same averages, the same losses."""
+    args = ["--mode", "hierarchical", "--groups", "2", "--every", "5", "--block-momentum", "0.5", "--model", "logistic"]
+    args += ["--epochs", "2", "--batch", "32", "--seed", "3", "--delay", str(delay), "--json", "--rule", "asgd", "--lr", "0.02"]
+    live = json.loads(mpirun.cli(["train", *args, "--output", tmp_path / "live"], 2).stdout.splitlines()[-1])
+    words = ["simulate", *args, "--workers", "2", "--compute", "lognormal:1.0,0.3", "--output", tmp_path / "simulated"]
+    simulated = json.loads(mpirun.cli(words, None).stdout.splitlines()[-1])
+    assert simulated["test_loss"] == pytest.approx(live["test_loss"], rel=1e-5)
+    assert simulated["train_loss"] == pytest.approx(live["train_loss"], rel=1e-5)
+
+
+@mpich
 def test_from_the_shell(mpirun: MpiRun) -> None:
     args = ["train", "--mode", "hierarchical", "--groups", "2", "--every", "8", "--block-momentum", "0.3", "--delay", "4"]
     done = mpirun.cli([*args, "--epochs", "4", "--batch", "8", "--json"], 4, timeout=170)
@@ -250,3 +266,14 @@ def test_options() -> None:
             check_delay(delay, BlockOptions(every="8:100,32"))
     with pytest.raises(UsageError, match="--delay belongs to mode hierarchical"):
         make_config({"mode": "kstep", "delay": 1})
+
+
+def test_over_separate_hosts(two_hosts: HostsRun, tmp_path: Path) -> None:
+    """A group per host, with windows of its own; the average goes over the link; stopped and resumed there."""
+    args = ["train", "--mode", "hierarchical", "--every", "6", "--block-momentum", "0.3", "--model", "logistic", "--epochs", "2"]
+    args += ["--batch", "32", "--delay", "3", "--json", "--output", tmp_path / "run"]
+    result = json.loads(two_hosts.cli(args, 4).stdout.splitlines()[-1])
+    assert (result["nodes"], result["ranks"]) == (2, 4) and result["test_accuracy"] > 0.6
+    args = [*args[:-1], tmp_path / "more", "--epochs", "3", "--resume", tmp_path / "run" / "checkpoint-000002.h5"]
+    again = json.loads(two_hosts.cli(args, 4).stdout.splitlines()[-1])
+    assert again["resumed_from"] and again["test_loss"] < result["test_loss"]

@@ -64,6 +64,8 @@ BAD = {
     "no workers": (["--workers", "0"], ["--workers=0", ">= 1"]),
     "mode": (["--mode", "hierarchic"], ["did you mean 'hierarchical'"]),
     "groups": (["--mode", "hierarchical", "--groups", "5"], ["--groups=5", "4 workers"]),
+    "delay": (["--mode", "hierarchical", "--every", "4", "--delay", "4"], ["delay=4", "fewer steps than every"]),
+    "delay, inner state": (["--mode", "hierarchical", "--delay", "1", "--inner-state", "reset"], ["--inner-state reset"]),
     "groups of async": (["--groups", "2"], ["--groups", "hierarchical", "async"]),
     "every of async": (["--every", "2"], ["--every", "kstep, hierarchical"]),
     "free-running of sync": (["--mode", "sync", "--free-running"], ["--free-running", "async"]),

@@ -173,6 +173,49 @@ def test_hierarchical_groups_are_stale_inside_and_meet_every_k(data: Dataset) ->
     assert found.result["virtual_seconds"] == pytest.approx(blocks * (3 * (1 + 2) + 2))  # an average: two messages of 1 s
 
 
+@pytest.mark.parametrize("network", ["0,inf", "5s,inf"])
+def test_an_average_that_goes_on_while_all_compute(data: Dataset, network: str) -> None:
+    """Groups of one worker are deterministic: what is sent after 4 steps comes back as a correction 2 steps later."""
+    mu, every, delay = 0.5, 4, 2
+    keys = {"mode": "hierarchical", "workers": 2, "groups": 2, "batch": 4, "every": every, "delay": delay, "block_momentum": mu}
+    found = run(data, **keys, rule="asgd", base="sgd", lr=0.1, epochs=1, network=network)
+    work = batches(data, 2)
+    assert len(work[0]) == 12
+    w = np.stack([flat_start()] * 2).astype(np.float64)
+    anchor, velocity, sent = w[0].copy(), np.zeros_like(w[0]), None
+    layout = make_layout([p.numel() for p in mlp().parameters()])
+    for step in range(12):
+        for i in range(2):
+            for start, g in zip(layout.starts, gradient(w[i].astype(np.float32), work[i][step]), strict=True):
+                w[i, start : start + g.size] -= 0.1 * g
+        if sent is not None and (step + 1) % every == delay:
+            velocity = mu * velocity + sent.mean(axis=0) - anchor
+            anchor = anchor + velocity
+            w, sent = w + anchor - sent, None
+        if (step + 1) % every == 0:
+            sent = w.copy()
+    assert sent is not None
+    for late in (sent, None):  # at the end of the epoch what is under way is put in, then all average once more
+        velocity = mu * velocity + (w if late is None else late).mean(axis=0) - anchor
+        anchor = anchor + velocity
+        w = w + anchor - late if late is not None else np.stack([anchor, anchor])
+    np.testing.assert_allclose(found.parameters, w[0], rtol=2e-4, atol=1e-6)
+    assert found.result["virtual_seconds"] >= 12
+
+
+def test_a_late_sum_holds_up_the_first_worker_of_a_group(data: Dataset) -> None:
+    keys = {"mode": "hierarchical", "workers": 4, "groups": 2, "every": 4, "rule": "asgd", "epochs": 1}
+    waits = run(data, **keys, slow=("3:1.5",))
+    goes_on = run(data, **keys, slow=("3:1.5",), delay=2)
+    assert goes_on.result["virtual_seconds"] <= waits.result["virtual_seconds"]
+    again = run(data, **keys, slow=("3:1.5",), delay=2)
+    np.testing.assert_array_equal(bits(goes_on.parameters), bits(again.parameters))
+    failing = run(data, **keys, delay=2, fail=("0@3.5", "2@5.5"))  # the first workers of both groups
+    assert np.isfinite(failing.parameters).all()
+    alone = run(data, **keys, delay=2, fail=("2@3.5", "3@3.5"))  # a whole group
+    assert np.isfinite(alone.parameters).all()
+
+
 def test_evaluations_between_and_free_running(data: Dataset) -> None:
     found = run(data, workers=4, free_running=True, slow=("0:8",))
     assert [row["epoch"] for row in found.curve] == [1, 2]
