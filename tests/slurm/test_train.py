@@ -71,3 +71,14 @@ def test_the_doctor_sees_what_a_job_gets(submit: Submit) -> None:
     assert lines["launcher"]["status"] == "ok"
     assert lines["node map"]["status"] == "ok" and "(n1: 1, n2: 1)" in lines["node map"]["found"]
     assert lines["lost updates"]["status"] == "ok"
+
+
+def test_scaling_is_one_job_per_number_of_nodes(submit: Submit, tmp_path: Path) -> None:
+    words = ("--", "bench", "scaling", "--out", tmp_path, "--model", "logistic", "--seconds", "0.2", "--rounds", "1")
+    for nodes in (1, 2):
+        job = submit("--nodes", nodes, "--ranks-per-node", 1, *ONE, *words, "--kinds", "weak", "--what", "sync", "async:asgd")
+        assert job.wait() == "COMPLETED", job.output()
+    rows = [row for path in tmp_path.glob("ranks-*.json") for row in json.loads(path.read_text())["rows"]]
+    assert sorted((row["what"], row["ranks"], row["nodes"]) for row in rows) == [
+        ("async:asgd", 1, 1), ("async:asgd", 2, 2), ("sync", 1, 1), ("sync", 2, 2), ("torch", 1, 1),
+    ]  # fmt: skip
