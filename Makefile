@@ -17,7 +17,7 @@ PIP      := -m pip install --disable-pip-version-check -c constraints.txt
 MANIFEST := pyproject.toml setup.py constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench horovod clean python-check
+.PHONY: help install demo test lint docs bench horovod clean python-check
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make demo      install, then a short training run that compares the modes"
 	@echo "make test      install, add the test tools and the Open MPI lane, run all tests (WORKERS=4: files at a time; PYTEST_ARGS=... adds flags)"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      the documentation, in docs/_build/html; a warning is an error"
 	@echo "make bench     every benchmark, in its quick form"
 	@echo "make horovod   build Horovod for .venv (minutes, then cached outside the checkout), for --collectives horovod"
 	@echo "make clean     remove both environments and everything built"
@@ -73,6 +74,15 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(VENV)/bin/python $(PIP) --quiet -e '.[mpich,plots,docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/python docs/pictures.py
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 bench: $(VENV)/.installed
 	@set -e; for script in benchmarks/*.py; do \
 	  [ -e "$$script" ] || continue; echo "== $$script"; $(VENV)/bin/python "$$script" --quick; done
@@ -82,5 +92,5 @@ horovod: $(VENV)/.installed
 	$(VENV)/bin/hpcasync build-horovod
 
 clean:
-	rm -rf $(VENV) $(OMPI) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OMPI) build dist docs/_build docs/pictures *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,7 +8,6 @@ from typing import Any
 from hpcasync.comm.agree import raise_together
 from hpcasync.comm.collectives import MPICollectives, OneRank
 from hpcasync.comm.world import World
-from hpcasync.errors import UsageError
 
 
 def split(world: World, groups: int | None = None) -> tuple[World, World | None, int]:
@@ -71,6 +70,3 @@ def _undefined() -> int:
     from mpi4py import MPI
 
     return int(MPI.UNDEFINED)
-
-
-__all__ = ["free", "split", "UsageError"]

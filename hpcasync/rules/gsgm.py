@@ -48,7 +48,9 @@ class GSGM(Rule):
             0.5 in every main cell of our table (docs/results.md).
         average: mean of the last M gradients, ``"window"``; of this round's so far, ``"round"``; of M, once, ``"groups"``.
         window: M, gradients in the window or group, 1 .. workers; None takes the number of workers.
-        out_of_turn: a worker whose turn is used ``"hold"``s its gradient and waits, or ``"discard"``s it and goes on.
+        out_of_turn: a worker whose turn is used holds its gradient and waits (``"hold"``), or throws it away and goes on
+            (``"discard"``).
+            (``"discard"``).
         patience: seconds that a worker waits for its turn before rounds turn without the slower ones, > 0.
     """
 

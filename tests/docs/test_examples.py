@@ -1,0 +1,46 @@
+"""The tutorials of docs/examples run as they stand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.mpi import REPO, MpiRun
+
+EXAMPLES = REPO / "docs" / "examples"
+SAYS = {
+    "own_model": ["epoch 3: accuracy", "staleness"],
+    "non_iid": ["asgd: ", "gsgm: "],
+    "from_ddp": ["epoch 2: loss"],
+    "from_horovod": ["epoch 2: loss"],
+}
+
+
+def test_every_script_is_tested_and_shown() -> None:
+    pages = "".join(path.read_text() for path in (REPO / "docs").glob("*.md"))
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SAYS)
+    assert all(f"examples/{path.name}" in pages for path in EXAMPLES.iterdir() if path.is_file())
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # the modes are tested with both libraries elsewhere
+@pytest.mark.parametrize("name", SAYS)
+def test_script(mpirun: MpiRun, name: str) -> None:
+    done = mpirun(EXAMPLES / f"{name}.py", 2)
+    assert all(words in done.stdout for words in SAYS[name]), done.stdout
+    if name == "own_model":
+        accuracy = float(done.stdout.split("epoch 3: accuracy ")[1].split()[0])
+        assert accuracy > 85
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_replay(mpirun: MpiRun, tmp_path: Path) -> None:
+    folder = mpirun.lane.python.parent
+    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", EXAMPLES / "replay.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "identical" in done.stdout and "staleness" in done.stdout
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
