@@ -25,7 +25,7 @@ help:
 	@echo "make demo      install, then a short training run that compares the modes"
 	@echo "make test      install, add the test tools and the Open MPI lane, run all tests (WORKERS=4: files at a time; PYTEST_ARGS=... adds flags)"
 	@echo "make lint      ruff and mypy"
-	@echo "make docs      the documentation, in docs/_build/html; a warning is an error"
+	@echo "make docs      the documentation, in docs/_build/html; a warning is an error (its pinned tools need Python 3.11)"
 	@echo "make bench     every benchmark, in its quick form"
 	@echo "make horovod   build Horovod for .venv (minutes, then cached outside the checkout), for --collectives horovod"
 	@echo "make clean     remove both environments and everything built"

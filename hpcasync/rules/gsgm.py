@@ -50,7 +50,6 @@ class GSGM(Rule):
         window: M, gradients in the window or group, 1 .. workers; None takes the number of workers.
         out_of_turn: a worker whose turn is used holds its gradient and waits (``"hold"``), or throws it away and goes on
             (``"discard"``).
-            (``"discard"``).
         patience: seconds that a worker waits for its turn before rounds turn without the slower ones, > 0.
     """
 

@@ -265,9 +265,10 @@ def read_rank(path: Path, rank: int) -> RankRecord:
         final = {name: data[()] for name, data in file["final"].items()} if "final" in file else {}
         end = json.loads(file.attrs.get("end", "{}"))
         facts, random = json.loads(file.attrs["facts"]), file["random"][:]
-    if facts.get("rank") != rank:
-        raise UsageError(f"{path} is the record of rank {facts.get('rank')}, expected rank {rank}; was it renamed?")
-    return RankRecord(rank, path, facts, **parts, random=random, closed=bool(counts[CLOSED]), final=final, end=end)
+        closed, _, _ = bool(counts[CLOSED]), int(facts["ranks"]), facts["run"]
+        if facts.get("rank") != rank:
+            raise UsageError(f"{path} is the record of rank {facts.get('rank')}, expected rank {rank}; was it renamed?")
+    return RankRecord(rank, path, facts, **parts, random=random, closed=closed, final=final, end=end)
 
 
 def read_record(run: Path) -> list[RankRecord]:
