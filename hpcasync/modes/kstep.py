@@ -13,6 +13,7 @@ from hpcasync.errors import UsageError
 from hpcasync.kernels import block_update
 from hpcasync.modes.base import Closure, OnNonfinite
 from hpcasync.modes.block import BlockOptions
+from hpcasync.modes.finite import FiniteCheck
 from hpcasync.modes.flat import FlatParameters
 from hpcasync.modes.presets import preset_options
 from hpcasync.modes.wrapper import Wrapper
@@ -121,6 +122,7 @@ class KStep(Wrapper):
         self.options = BlockOptions(every, block_momentum, nesterov, block_lr, warm_start, inner_state)
         facts = self.options.facts()
         super().__init__(optimizer, world=world, model=model, on_nonfinite=on_nonfinite, collectives=collectives, facts=facts)
+        self._check = FiniteCheck(self.params, self.world.threads)
         self.averages = 0
         self._since = 0  # local steps since the last average
         self._blocks = [
@@ -201,11 +203,24 @@ class KStep(Wrapper):
         self._synchronize_buffers()
         self.share.stop()
 
+    def close(self) -> None:
+        super().close()
+        self._check.close()
+
     def _bad(self) -> str:
         """This rank by name if its gradient is not finite, else nothing."""
-        grads = [p.grad for p in self.params if p.grad is not None]
-        values = [g if g.layout == torch.strided else g.coalesce().values() for g in grads]
-        return "" if all(bool(torch.isfinite(v).all()) for v in values) else f"rank {self.world.rank}"
+        good = all(self._finite(p) for p in self.params)
+        self._check.forget()
+        return "" if good else f"rank {self.world.rank}"
+
+    def _finite(self, p: Tensor) -> bool:
+        g = p.grad
+        if g is None:
+            return True
+        if g.layout == torch.strided and g.device.type == "cpu" and g.dtype == torch.float32 and g.is_contiguous():
+            return self._check.finite(p, g.detach().reshape(-1).numpy())
+        values = g if g.layout == torch.strided else g.coalesce().values()
+        return bool(torch.isfinite(values).all())
 
     def _average_inner_state(self) -> None:
         """Average the tensors of the wrapped optimizer's state over the ranks that have them; counters, scalars, stay.
