@@ -29,7 +29,7 @@ def _speaks() -> bool:
     return launched_rank() == 0
 
 
-COMMANDS = ("train", "submit", "simulate", "replay", "timeline", "demo", "data", "list", "doctor", "bench", "build-horovod")
+COMMANDS = ("train", "launch", "submit", "simulate", "replay", "timeline", "demo", "data", "list", "doctor", "bench", "build-horovod")
 """Each is a module here."""
 
 

@@ -1,0 +1,51 @@
+"""``hpcasync launch -n 4 -- train ...``: a job of several ranks on this machine, with the flags of the installed MPI."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from hpcasync.errors import UsageError
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser(
+        "launch",
+        help="start ranks on this machine, and again when they die",
+        description="Start a command of hpcasync, or any program, on several ranks of this machine with the installed MPI.",
+    )
+    parser.add_argument("-n", type=int, required=True, metavar="RANKS", help="number of ranks")
+    parser.add_argument("--survive", action="store_true", help="mode async: train on without ranks that die, all but rank 0")
+    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="when the job dies, start it again with "
+                        "--resume auto, at most N times (default: 0)")  # fmt: skip
+    parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="such as: -- train --epochs 5")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the job; its exit code."""
+    from hpcasync.launch.job import Job, run_with_restarts
+    from hpcasync.launch.library import find_library
+
+    words = args.program[1:] if args.program[:1] == ["--"] else args.program
+    if args.n < 1:
+        raise UsageError(f"-n {args.n}: expected at least 1 rank")
+    if args.max_restarts < 0:
+        raise UsageError(f"--max-restarts {args.max_restarts}: expected 0 or more")
+    if not words:
+        raise UsageError("launch: no command; give one after --, such as: hpcasync launch -n 4 -- train --epochs 5")
+    given = {word.partition("=")[0] for word in words}
+    if args.max_restarts and (words[0] != "train" or "--output" not in given):
+        raise UsageError("--max-restarts goes on from checkpoints: it needs `train` with --output DIR")
+    library = find_library()
+    job = Job(library, args.n, _program(words), args.survive)
+    resumed = words if "--resume" in given else [*words, "--resume", "auto"]
+    return run_with_restarts(job, Job(library, args.n, _program(resumed), args.survive), args.max_restarts)
+
+
+def _program(words: list[str]) -> list[str]:
+    from hpcasync.cli.parser import COMMANDS
+
+    return [sys.executable, "-m", "hpcasync", *words] if words[0] in COMMANDS else words

@@ -1,0 +1,73 @@
+"""The installed MPI: its mpiexec, the flags for so many ranks, and variables that keep it quiet and its waits passive."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcasync.errors import UsageError
+
+COMMON = {"UCX_LOG_LEVEL": "error", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+"""Fewer cores than threads: a thread that waits must not spin. UCX warns of windows that a dead rank has not freed."""
+OPENMPI = {"OMPI_MCA_osc": "^ucx", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_pml": "ob1"}
+ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+OUTER = ("OMPI_COMM", "PMI_", "PMIX_", "PRTE_")
+"""Variables of a job that this one is started from."""
+
+WRAPPER = """trap '' USR1
+"$@"
+code=$?
+echo "$code $(date +%s.%N)" >"$HPCASYNC_LAUNCH_FOLDER/rank-$PMI_RANK.tmp"
+mv "$HPCASYNC_LAUNCH_FOLDER/rank-$PMI_RANK.tmp" "$HPCASYNC_LAUNCH_FOLDER/rank-$PMI_RANK"
+exit 0"""
+"""Around each rank of an MPICH job that is to outlive ranks: Hydra's proxy kills the others when a child of its own is killed."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """An mpiexec: ``name`` is ``"mpich"`` or ``"openmpi"``."""
+
+    name: str
+    mpiexec: str
+
+    def command(self, ranks: int, program: list[str], survive: bool) -> list[str]:
+        """What starts ``program`` on so many ranks of this machine."""
+        if self.name == "openmpi":
+            crowded = ["--oversubscribe"] if ranks > (os.cpu_count() or 1) else []
+            return [self.mpiexec, *crowded, "--bind-to", "none", "-n", str(ranks), *program]
+        if survive:
+            program = ["sh", "-c", WRAPPER, "hpcasync-rank", *program]
+        return [self.mpiexec, *["-disable-auto-cleanup"] * survive, "-n", str(ranks), *program]
+
+    def environment(self, ranks: int, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+        """The environment of the job; what the user has set stays."""
+        found = {k: v for k, v in env.items() if not k.startswith(OUTER)}
+        wanted = dict(COMMON)
+        if self.name == "openmpi":
+            wanted |= OPENMPI | (ROOT if hasattr(os, "geteuid") and os.geteuid() == 0 else {})
+            if ranks > (os.cpu_count() or 1):
+                wanted["OMPI_MCA_mpi_yield_when_idle"] = "1"
+        return wanted | found
+
+
+def find_library() -> Library:
+    """The mpiexec beside this Python, else the one on the PATH.
+
+    Raises:
+        UsageError: none, or of a library that is not known.
+    """
+    beside = Path(sys.prefix) / "bin" / "mpiexec"
+    path = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if path is None:
+        raise UsageError(f"no mpiexec in {beside.parent} or on the PATH; install one: pip install 'hpcasync[mpich]'")
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60).stdout
+    if "HYDRA" in said:
+        return Library("mpich", path)
+    if "Open MPI" in said or "prte" in said.lower():
+        return Library("openmpi", path)
+    raise UsageError(f"{path} is of an MPI that launch does not know (MPICH and Open MPI are); start the job with it yourself")
