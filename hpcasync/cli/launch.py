@@ -17,7 +17,6 @@ def add(commands: Any) -> None:
         description="Start a command of hpcasync, or any program, on several ranks of this machine with the installed MPI.",
     )
     parser.add_argument("-n", type=int, required=True, metavar="RANKS", help="number of ranks")
-    parser.add_argument("--survive", action="store_true", help="mode async: train on without ranks that die, all but rank 0")
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="when the job dies, start it again with "
                         "--resume auto, at most N times (default: 0)")  # fmt: skip
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="such as: -- train --epochs 5")
@@ -40,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
     if args.max_restarts and (words[0] != "train" or "--output" not in given):
         raise UsageError("--max-restarts goes on from checkpoints: it needs `train` with --output DIR")
     library = find_library()
-    job = Job(library, args.n, _program(words), args.survive)
+    job = Job(library, args.n, _program(words))
     resumed = words if "--resume" in given else [*words, "--resume", "auto"]
-    return run_with_restarts(job, Job(library, args.n, _program(resumed), args.survive), args.max_restarts)
+    return run_with_restarts(job, Job(library, args.n, _program(resumed)), args.max_restarts)
 
 
 def _program(words: list[str]) -> list[str]:

@@ -29,7 +29,10 @@ def _speaks() -> bool:
     return launched_rank() == 0
 
 
-COMMANDS = ("train", "launch", "submit", "simulate", "replay", "timeline", "demo", "data", "list", "doctor", "bench", "build-horovod")
+COMMANDS = (
+    "train", "launch", "submit", "simulate", "replay", "timeline", "demo", "data", "list", "doctor",
+    "bench", "build-horovod",
+)  # fmt: skip
 """Each is a module here."""
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -20,8 +19,6 @@ from hpcasync.launch.processes import SHARED, TOKEN, Ledger, end, processes, ran
 LOOK_SECONDS = 0.2
 PER_RANK = 4 << 20
 """Bytes of /dev/shm that a rank needs before any window: MPICH 5.0.2 maps 2 to 4 MB for each, and dies with SIGBUS without."""
-FOLDER = "HPCASYNC_LAUNCH_FOLDER"
-SURVIVE = "HPCASYNC_SURVIVE"
 
 
 def check_shared_memory(count: int, folder: Path = SHARED) -> None:
@@ -44,11 +41,10 @@ class Job:
         library: that starts it.
         count: ranks.
         program: one rank's command.
-        survive: ranks may die, all but rank 0.
     """
 
-    def __init__(self, library: Library, count: int, program: list[str], survive: bool = False) -> None:
-        self._library, self._count, self._program, self._survive = library, count, program, survive
+    def __init__(self, library: Library, count: int, program: list[str]) -> None:
+        self._library, self._count, self._program = library, count, program
         self._token, self._received = "", 0
 
     @property
@@ -63,33 +59,25 @@ class Job:
         check_shared_memory(self._count)
         self._token = uuid.uuid4().hex
         before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        with tempfile.TemporaryDirectory(prefix="hpcasync-launch-") as folder:
-            env = self._library.environment(self._count) | {TOKEN: self._token, FOLDER: folder}
-            env |= {SURVIVE: "1"} if self._survive else {}
-            process = subprocess.Popen(self._library.command(self._count, self._program, self._survive), env=env)
-            try:
-                return self._watch(process, Path(folder), ledger)
-            finally:
-                end(self._token)
-                process.wait()
-                ledger.clear()
-                for number, handler in before.items():
-                    signal.signal(number, handler)
+        env = self._library.environment(self._count) | {TOKEN: self._token}
+        process = subprocess.Popen(self._library.command(self._count, self._program), env=env)
+        try:
+            return self._watch(process, ledger)
+        finally:
+            end(self._token)
+            process.wait()
+            ledger.clear()
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _watch(self, process: subprocess.Popen[bytes], folder: Path, ledger: Ledger) -> int:
+    def _watch(self, process: subprocess.Popen[bytes], ledger: Ledger) -> int:
         looked = 0.0
         while process.poll() is None:
             time.sleep(LOOK_SECONDS)
             if time.monotonic() - looked > 5 * LOOK_SECONDS:
                 looked = time.monotonic()
                 ledger.note(segments(processes(self._token)))
-            died = _ended(folder) if self._survive else {}
-            lost = [r for r, code in died.items() if code and (r == 0 or not (folder / "training").exists())]
-            if lost:  # the host of the window, or too early for the others to do without
-                return died[lost[0]]
         code = process.returncode
-        if self._survive and code in (0, 141, -signal.SIGPIPE):  # the wrappers' codes say nothing; mpiexec may end of SIGPIPE
-            return _ended(folder).get(0, 1)
         return 128 - code if code < 0 else code
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
@@ -113,8 +101,3 @@ def run_with_restarts(job: Job, again: Job, restarts: int) -> int:
         job = again
         code = job.run()
     return code
-
-
-def _ended(folder: Path) -> dict[int, int]:
-    """Exit codes of the ranks that have ended, as their wrappers wrote them."""
-    return {int(p.name[5:]): int(p.read_text().split()[0]) for p in folder.glob("rank-*") if p.name[5:].isdigit()}

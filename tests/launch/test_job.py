@@ -14,7 +14,6 @@ import pytest
 
 from hpcasync.errors import UsageError
 from hpcasync.launch.job import check_shared_memory
-from hpcasync.launch.library import find_library
 from hpcasync.launch.processes import SHARED, Ledger
 from tests.mpi import COMMON_ENV
 
@@ -62,10 +61,9 @@ def test_a_killed_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert result["updates"] == 400 * 2 * 23
 
 
-def test_exit_codes_are_those_of_the_program(tmp_path: Path) -> None:
-    for survive in ([], ["--survive"]) if find_library().name == "mpich" else ([],):
-        assert launch("-n", "2", *survive, "--", "train", "--epochs", "0").returncode == 2
-        assert launch("-n", "2", *survive, "--", sys.executable, "-c", "from mpi4py import MPI").returncode == 0
+def test_exit_codes_are_those_of_the_program() -> None:
+    assert launch("-n", "2", "--", "train", "--epochs", "0").returncode == 2
+    assert launch("-n", "2", "--", sys.executable, "-c", "from mpi4py import MPI").returncode == 0
 
 
 def test_only_segments_of_own_jobs_are_removed(tmp_path: Path) -> None:
