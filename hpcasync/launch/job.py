@@ -17,8 +17,8 @@ from hpcasync.launch.library import Library
 from hpcasync.launch.processes import SHARED, TOKEN, Ledger, end, processes, ranks, segments, send
 
 LOOK_SECONDS = 0.2
-PER_RANK = 4 << 20
-"""Bytes of /dev/shm that a rank needs before any window: MPICH 5.0.2 maps 2 to 4 MB for each, and dies with SIGBUS without."""
+PER_RANK = 6 << 20
+"""Bytes of /dev/shm that a rank needs before any window: MPICH 5.0.2 takes 5.2 MB for each, and dies with SIGBUS without."""
 
 
 def check_shared_memory(count: int, folder: Path = SHARED) -> None:
