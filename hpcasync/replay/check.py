@@ -60,7 +60,9 @@ def open_data(run: Path, record: RankRecord, config: TrainConfig, data: str | No
     Raises:
         UsageError: not there, or another checksum.
     """
-    dataset = open_dataset(config.data if data is None else data)
+    if data is None:  # a relative path may have been from another folder
+        data = record.facts["data_path"] if Path(record.facts["data_path"]).exists() else config.data
+    dataset = open_dataset(data)
     if dataset.header.checksum != record.facts["data"]:
         raise UsageError(
             f"{run} was trained on data with the checksum {record.facts['data']} ({record.facts['data_path']}), "

@@ -196,7 +196,8 @@ class Run:
         """
         mode, resumed = self.mode, bool(keeper.resumed_from)
         across = isinstance(mode, Async) and mode.world.nodes > 1 and mode.rule.in_turn  # the rounds begin anew
-        if resumed and (self._recorded is None or self._recorded["full"] or keeper.reset or across):
+        broken = self._recorded is None or self._recorded["full"] or bool(keeper.reset) or across
+        if resumed and any(self.world.gather(broken)):
             raise UsageError(
                 f"--record: {keeper.resumed_from} can't be gone on from with a record, which has to be whole from the first step "
                 "on, with the same ranks; leave --record out, or start anew"

@@ -39,7 +39,7 @@ _QUIET = (Event.GATE, Event.TURN)  # not recorded where nothing came of it
 
 
 class Record:
-    """Records one rank of a run; costs 5 to 20 microseconds per step. Constructor and ``close`` are collective.
+    """Records one rank of a run; costs 5 to 20 microseconds per step. The constructor is collective.
 
     Rows are written through a memory map, so that a rank that is killed leaves all it has written. What does not fit on the
     disk ends the record with a warning, not the run.
@@ -75,25 +75,25 @@ class Record:
             arrays = {"random": torch.get_rng_state().numpy() if kept is None else kept.random}
             facts = self._facts(token, epoch) if kept is None else kept.facts
             self._shift = epoch - facts["epoch_of_times"]  # from this process's clock to that of the record's first rows
-            self.file = RankFile(path, self._most(), facts, arrays, len(self._params), (len(sizes), len(HYPER)))
+            new = path.with_suffix(".new")
+            self.file = RankFile(new, self._most(), facts, arrays, len(self._params), (len(sizes), len(HYPER)))
             self._event_size = self.file.events.itemsize
             if kept is not None and resumed is not None:
                 self._keep(kept, resumed["counts"])
         except UsageError as error:
             problem = str(error)
         raise_together(world, problem)
+        self.file.rename(path)  # only now: what a run goes on from is kept until all ranks have it
         if isinstance(mode, Async) and layout is not None:
             mode.recorder = self
-        self._mark = self._began = time.perf_counter()
-        self._pull = 0.0
-        self._before = self._times()
+        self.starts()
         if resumed is not None:
             self.event(Event.RESUME, self._mark, 0.0)
 
     # Of a step.
 
     def starts(self) -> None:
-        """An epoch's first step begins now."""
+        """The next step begins now: what lies before it is no step's."""
         self._mark, self._before, self._pull = time.perf_counter(), self._times(), 0.0
 
     def step_begins(self, taken: np.ndarray) -> None:
@@ -167,10 +167,11 @@ class Record:
 
     @contextmanager
     def span(self, kind: Event) -> Iterator[None]:
-        """Record what is done meanwhile as one event."""
+        """Record what is done meanwhile, between two steps, as one event."""
         began, waited = time.perf_counter(), self._share.wait
         yield
         self.event(kind, began, self._share.wait - waited)
+        self.starts()
 
     # Of checkpoints.
 
@@ -211,9 +212,12 @@ class Record:
             self.file.count(i, len(rows))
 
     def _most(self) -> dict[str, int]:
-        """Rows that there can be: an update has three events at most, beside what is done once per epoch or checkpoint."""
+        """Rows that there can be: an update has three events at most, beside what is done once per epoch or checkpoint.
+
+        Twice as many, since what is not used costs nothing.
+        """
         run, config = self._run, self._run.config
-        steps = config.epochs * len(run.batches)
+        steps = 2 * config.epochs * len(run.batches)
         rho = config.rho
         updates = steps + (steps // rho + 1) * most_replays(rho) if run.guided is not None else steps
         saves = steps // config.checkpoint_every if config.checkpoint_every else 0

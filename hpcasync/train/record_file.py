@@ -21,6 +21,7 @@ import numpy as np
 
 from hpcasync.data.atomic import replacing
 from hpcasync.errors import UsageError, damaged
+from hpcasync.modes.recorder import Event
 
 FORMAT, VERSION = "hpcasync-record", 1
 FOLDER = "record"
@@ -152,6 +153,11 @@ class RankFile:
         for values in self._maps.values():
             values.flush()
 
+    def rename(self, path: Path) -> None:
+        """Give the file its final name."""
+        os.replace(self.path, path)
+        self.path = path
+
     def close(self, final: Mapping[str, np.ndarray] | None = None, facts: Mapping[str, Any] | None = None) -> None:
         """Write the file anew without empty rows, compressed, with ``final``: the model at the end, on one rank.
 
@@ -268,7 +274,21 @@ def read_rank(path: Path, rank: int) -> RankRecord:
         closed, _, _ = bool(counts[CLOSED]), int(facts["ranks"]), facts["run"]
         if facts.get("rank") != rank:
             raise UsageError(f"{path} is the record of rank {facts.get('rank')}, expected rank {rank}; was it renamed?")
+        problem = _damage(**parts)
+        if problem:
+            raise UsageError(f"{path} is damaged: {problem}; copy it again")
     return RankRecord(rank, path, facts, **parts, random=random, closed=closed, final=final, end=end)
+
+
+def _damage(events: np.ndarray, steps: np.ndarray, samples: np.ndarray, hypers: np.ndarray) -> str:
+    """What in the tables points to something that is not there, empty if nothing does."""
+    if ((steps["first"] < 0) | (steps["samples"] < 0) | (steps["first"] + steps["samples"] > len(samples))).any():
+        return f"a step has samples beyond the {len(samples)} that there are"
+    if ((events["batch"] < 0) | (events["batch"] > len(steps)) | (events["step"] < 0) | (events["step"] > len(steps))).any():
+        return f"an event belongs to a step beyond the {len(steps)} that there are"
+    if ((events["hyper"] < -1) | (events["hyper"] >= max(1, len(hypers)))).any():
+        return f"a push has hyper-parameters beyond the {len(hypers)} that there are"
+    return "" if np.isin(events["kind"], list(Event)).all() else "an event is of no known kind"
 
 
 def read_record(run: Path) -> list[RankRecord]:

@@ -11,7 +11,7 @@ import pytest
 
 from hpcasync.cli import main
 from tests.mpi import MpiRun
-from tests.replay.helpers import FROZEN, record
+from tests.replay.helpers import FROZEN, changed, record
 
 MODEL = """
 import torch
@@ -72,6 +72,9 @@ def test_every_case(mpirun: MpiRun, capsys: pytest.CaptureFixture[str], monkeypa
     for damaged in (whole[: len(whole) // 2], b"no HDF5", b""):
         (missing / "record/rank-00001.h5").write_bytes(damaged)
         assert "rank-00001.h5: can't be read as a record" in error_of(capsys, "replay", missing)
+    for table, field in (("steps", "first"), ("events", "batch"), ("events", "hyper"), ("events", "kind")):
+        value = 200 if field == "kind" else 10_000
+        assert "is damaged: " in error_of(capsys, "replay", changed(run, field, 1, table, 1, field, value))
     shutil.copy(run / "result.json", missing / "record/rank-00001.h5")
     error_of(capsys, "timeline", missing)
 
