@@ -105,7 +105,8 @@ path.unlink()
 disk = os.statvfs(".")
 Path("rest").unlink()
 Path("rest").write_bytes(bytes(os.statvfs(".").f_bavail * disk.f_frsize - (200 << 10)))  # room for the run, not for its record
-sys.exit(main(["train", "--epochs", "1", "--batch", "2", "--threads", "1", "--checkpoint-every", "0", "--record", "--output", "run"]))
+flags = "--epochs 1 --batch 2 --threads 1 --checkpoint-every 0 --record --output run"
+sys.exit(main(["train", *flags.split()]))
 """
 
 
