@@ -209,20 +209,22 @@ def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str,
     if complete and rank == 0 and store.notes.shape == shared["notes"].shape:
         store.notes[:] = shared["notes"]
     worker = mode._worker
+    alike = len(own["pushed"]) == len(worker.pushed)  # on other nodes the same model has other shards
     if complete:
         for row, v in enumerate(private):
             _fill(mode, worker.private[row], own["private"][v.name])
-        worker.pushed[:] = own["pushed"]
+        worker.pushed[:] = own["pushed"] if alike else own["pushed"].all()
     if same:
         worker.steps = own["pushes"]
         store.set_clock(rank, own["clock"])
         store.set_excused(rank, own["excused"])
     store.barrier()
-    if same and rule.own_copy:
-        worker.read[:] = own["read"]
-        _fill(mode, mode._out, own["copy"])
-    else:
+    if not (same and rule.own_copy and alike):
         store.pull(worker, mode._out)
+    if same and rule.own_copy:
+        if alike:
+            worker.read[:] = own["read"]
+        _fill(mode, mode._out, own["copy"])
     mode._to_device()
     store.barrier()
     for name, count in own["counts"].items():

@@ -9,6 +9,7 @@ import pytest
 from hpcasync.errors import UsageError
 from hpcasync.train.config import make_config
 from tests.hosts import HostsRun
+from tests.mpi import MpiRun
 
 HEAD = """
 import json, sys, time
@@ -167,3 +168,33 @@ def test_options_that_do_not_fit() -> None:
     ):
         with pytest.raises(UsageError, match=says):
             make_config(keys)
+
+
+RESHARD = """
+world = ha.init()
+for name in ("trend-smooth", "gsgm", "easgd", "dc-asgd"):
+    model, path = mlp(), f"{sys.argv[2]}/{name}.h5"
+    opt = ha.Async(model, ha.rules.make_rule(name, {"lr": 0.05}), world=world)
+    if sys.argv[1] == "save":
+        train(opt, model, range(5), world.rank)
+        ha.save_checkpoint(path, opt)
+    else:
+        ha.load_checkpoint(path, opt)
+        assert opt.steps == 5
+        assert min(opt.store.shard_versions()) >= 10 or name == "easgd", name  # the other rank may go on already
+        train(opt, model, range(5, 9), world.rank)
+        opt.synchronize()
+        assert np.isfinite(flat(model)).all(), name
+    shards = len(opt.store.layout.shards)
+    opt.close()
+if world.rank == 0:
+    print(f"shards: {shards}", flush=True)
+"""
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # it can say that the ranks of one machine are on different nodes
+def test_a_checkpoint_goes_to_other_nodes_with_other_shards(mpirun: MpiRun, tmp_path: Path) -> None:
+    apart, found = {"MPIR_CVAR_NOLOCAL": "1"}, []
+    for what, env in (("save", apart), ("load", {}), ("save", {}), ("load", apart)):
+        found.append(mpirun(HEAD + RESHARD, 2, args=[what, tmp_path], env=env).stdout.count("shards: 2"))
+    assert found == [1, 0, 0, 1]
