@@ -212,3 +212,18 @@ def test_data_commands(mpirun: MpiRun, files: Path) -> None:
         assert done.returncode == 2, argv
         assert part in done.stderr and "Traceback" not in done.stderr
         assert not (mpirun.folder / "x.h5").exists()
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_low_thread_level_is_refused(mpirun: MpiRun, ranks: int) -> None:
+    """Collectives during backward and the progress thread call MPI from several threads."""
+    code = """
+        import mpi4py, sys
+        mpi4py.rc.thread_level = "serialized"
+        from hpcasync.cli import main
+        sys.exit(main(["train", "--model", "logistic", "--epochs", "1", "--mode", "sync"]))
+        """
+    done = mpirun(code, ranks, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "MPI_THREAD_MULTIPLE" in done.stderr and "mpi4py.rc.thread_level" in done.stderr and "Traceback" not in done.stderr
