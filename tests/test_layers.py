@@ -16,7 +16,7 @@ LAYERS = [
     {"store"},
     {"modes"},
     {"train"},
-    {"simulate", "replay", "scaling", "slurm", "doctor", "launch"},
+    {"simulate", "replay", "report", "scaling", "slurm", "doctor", "launch"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -30,7 +30,7 @@ def _speaks() -> bool:
 
 
 COMMANDS = (
-    "train", "launch", "submit", "simulate", "replay", "timeline", "demo", "data", "list", "doctor",
+    "train", "launch", "submit", "simulate", "replay", "timeline", "report", "demo", "data", "list", "doctor",
     "bench", "build-horovod",
 )  # fmt: skip
 """Each is a module here."""

@@ -1,0 +1,1 @@
+"""Runs explained: one self-contained HTML page of plots and tables."""
