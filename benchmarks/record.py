@@ -89,7 +89,7 @@ def make_run(world, model: str, data: str, batch: int, folder: Path):
 
     keys = {"data": data, "model": model, "batch": batch, "epochs": 1000, "threads": 1}
     config = make_config(keys)
-    dataset, batches, net = loop._prepare(config, world)
+    dataset, batches, net = loop.prepare(config, world)
     mode = loop.make_mode(config, net, world)
     run = loop.Run(config, world, dataset, batches, net, mode, Progress(1, 1, shown=False), None, None)
     run.begin_record(folder, Keeper(run, None))
