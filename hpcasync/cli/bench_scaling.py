@@ -78,6 +78,7 @@ def _measure(args: argparse.Namespace) -> int:
     import torch
 
     from hpcasync.comm import init, raise_together
+    from hpcasync.data.atomic import replacing
     from hpcasync.scaling.cases import BASE, make_cases
     from hpcasync.scaling.measure import seconds_to, throughput
     from hpcasync.simulate.cluster import parse_slow
@@ -115,8 +116,10 @@ def _measure(args: argparse.Namespace) -> int:
     if world.rank == 0:
         path = args.out / f"ranks-{world.size}-nodes-{world.nodes}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
         settings = {k: v for k, v in vars(args).items() if k not in ("run", "bench", "command")}
+        text = json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1, default=str)
         try:
-            path.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1, default=str) + "\n")
+            with replacing(path) as temporary:
+                temporary.write_text(text + "\n")
         except OSError as error:
             raise UsageError(f"can't write {path}: {error.strerror}; choose another --out") from error
         print(path)

@@ -12,7 +12,7 @@ from torch import nn
 
 from hpcasync.data import Dataset
 from hpcasync.errors import UsageError
-from hpcasync.kernels import block_update
+from hpcasync.modes.block import BLOCK_KEYS, BlockOptions
 from hpcasync.modes.interval import interval_at, parse_every
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.delay import Delay
@@ -55,6 +55,7 @@ class Asynchronous(Simulation):
         self._discard = getattr(self.rule, "out_of_turn", "hold") == "discard"
         self._patience = float(getattr(self.rule, "patience", np.inf))
         self._every = parse_every(config.every)
+        self._options = BlockOptions(**{k: getattr(config, k) for k in BLOCK_KEYS})
         self._held: list[Virtual] = []
         self._events: list[tuple[float, int, int, int, bool]] = []
         total = self.layout.total
@@ -429,12 +430,7 @@ class Asynchronous(Simulation):
 
     def _block(self, total: np.ndarray, count: int, plain: bool = False) -> None:
         """The block step from the sum of ``count`` models, in place."""
-        mu, lr = self.config.block_momentum, self.config.block_lr
-        if plain or (mu == 0 and lr == 1):
-            total /= np.float32(count)
-            self._anchor[:] = total
-        else:
-            block_update(total, self._anchor, self._velocity, count, mu, lr, self.config.nesterov)
+        self._options.apply(total, self._anchor, self._velocity, count, plain=plain)
 
     def _average(self, alive: list[Virtual], *, plain: bool) -> None:
         """Average the models of the groups that have workers, with block momentum; all read the result."""
