@@ -138,13 +138,6 @@ class Async(Mode):
             return WindowStore(self.world, layout, self.rule, threads=threads)
         # Nobody looks at the clocks unless there is a bound or rounds.
         clocked = self._bound is not None or self.rule.in_turn
-        if clocked and "Open MPI" in self.world.library and self.world.rank == 0:
-            warnings.warn(
-                "a bound on staleness, or a rule in rounds, on several nodes with Open MPI: runs over TCP have hung in "
-                "MPI_Put here (Open MPI 5.0.11, docs/mpi.md). Use MPICH, or no --staleness.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
         return RemoteStore(self.world, layout, self.rule, threads=threads, progress=self.progress, clocked=clocked)
 
     def step(self, closure: Closure | None = None) -> Any:

@@ -50,6 +50,18 @@ class Memory:
         self._types = {np.dtype(np.float32): MPI.FLOAT, np.dtype(np.float64): MPI.DOUBLE, np.dtype(np.int64): MPI.INT64_T}
         self._types[np.dtype(np.uint8)] = MPI.BYTE
         self.sync()
+        self._meet_ports()
+        comm.Barrier()  # nobody computes before all have met
+
+    def _meet_ports(self) -> None:
+        """Get a byte from every port of another node, while all processes are in MPI.
+
+        At the first operation on a target Open MPI (osc/rdma) asks the first process of a node where the target's memory lies:
+        one that may hold no port, and so may never let MPI go on while it computes or waits.
+        """
+        for port in set(range(len(self._ports))) - set(self.local):
+            self.get(port, 0, np.zeros(1, np.uint8))
+            self.flush(port)
 
     def sync(self) -> None:
         """See what others of this node have written, and let them see this rank's."""

@@ -1,7 +1,7 @@
 """int64 words that one process puts while another reads: both halves hold the number, so a half-written word shows.
 
 MPI's atomic operations would do, but they need the target's CPU where a put does not (MPICH over shared memory or, as far as
-is known, InfiniBand), and Open MPI 5.0.11 emulates them over TCP with a lock that two origins can leave for ever taken.
+is known, InfiniBand), and Open MPI 5.0.11 over TCP needs a third process for them, the first of the target's node (docs/mpi.md).
 """
 
 from __future__ import annotations

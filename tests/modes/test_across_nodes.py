@@ -122,7 +122,7 @@ def state(staleness: str, hosts: str = "") -> str:
 
 def test_unequal_ranks_per_node(two_hosts: HostsRun) -> None:
     two_hosts.ranks = [3, 1]
-    run(two_hosts, 4, state("None"))
+    run(two_hosts, 4, state("3"))
 
 
 def test_host_ranks(two_hosts: HostsRun) -> None:
