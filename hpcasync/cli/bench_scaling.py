@@ -78,29 +78,28 @@ def _measure(args: argparse.Namespace) -> int:
     import torch
 
     from hpcasync.comm import init, raise_together
-    from hpcasync.data.atomic import replacing
+    from hpcasync.data.atomic import check_writable, replacing
     from hpcasync.scaling.cases import BASE, make_cases
     from hpcasync.scaling.measure import seconds_to, throughput
-    from hpcasync.simulate.cluster import parse_slow
+    from hpcasync.train.slow import parse_slow
 
     world = init(device=args.device, threads=args.threads)
     keys: dict[str, Any] = {name: getattr(args, name) for name in ("data", "model", "threads", "epochs", "device")}
     keys["checkpoint_every"] = 0
+    path = args.out / f"ranks-{world.size}-nodes-{world.nodes}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
     problem, rows = None, []
     try:
-        slow = parse_slow(args.slow, world.size) or (1.0,) * world.size
-        if min(slow) < 1:
-            raise UsageError(f"--slow {' '.join(args.slow)}: a live rank can only be made slower; expected factors >= 1")
+        slow = parse_slow(args.slow, world.size, least=1)
         cases = make_cases(
             args.what, args.kinds, keys, batch=args.batch, global_batch=args.global_batch, ranks=world.size,
             block={k: v for k, v in (("every", args.every), ("collectives", args.collectives)) if v is not None},
         )  # fmt: skip
-        if world.rank == 0:
-            args.out.mkdir(parents=True, exist_ok=True)
+        if world.rank == 0:  # found out now, not after the measurement
+            check_writable(path, needed=4096 + args.rounds * len(cases) * (512 + 32 * world.size))
     except UsageError as error:
         problem = str(error)
     except OSError as error:
-        problem = f"--out {args.out}: {error.strerror}; choose another folder"
+        problem = f"can't write {path}: {error.strerror}; choose another --out"
     raise_together(world, problem)
     about = {"cores": len(os.sched_getaffinity(0)), "mpi": world.library, "torch": torch.__version__, "load": os.getloadavg()[0]}
     for turn in range(args.rounds):
@@ -114,7 +113,6 @@ def _measure(args: argparse.Namespace) -> int:
                 speed = f"{row['samples_per_second']:,.0f} samples/s"
                 print(f"{turn + 1}/{args.rounds} {case.kind} {case.name}: {speed}", file=sys.stderr)
     if world.rank == 0:
-        path = args.out / f"ranks-{world.size}-nodes-{world.nodes}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
         settings = {k: v for k, v in vars(args).items() if k not in ("run", "bench", "command")}
         text = json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1, default=str)
         try:

@@ -26,12 +26,7 @@ def add(commands: Any) -> None:
     own = {o.name for o in SIMULATE_OPTIONS}
     general = parser.add_argument_group("run")
     for option in simulate_options():
-        group = machine if option.name in own else general
-        if option.kind == "list":
-            flag = f"--{option.name}"
-            group.add_argument(flag, action="append", help=option.help, dest=option.name, metavar=option.help.split(": ")[0])
-        else:
-            add_flag(group, option)
+        add_flag(machine if option.name in own else general, option)
     rule = parser.add_argument_group("rule (defaults are the rule's own)")
     for option in rule_options():
         add_flag(rule, option)

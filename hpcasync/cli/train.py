@@ -75,13 +75,15 @@ def add_flag(group: Any, option: Option) -> None:
     """Add the flag of one option."""
     flag = "--" + option.name.replace("_", "-")
     text = option.help
-    if option.default is not None and option.kind is not bool:
+    if option.default not in (None, ()) and option.kind is not bool:
         text += f" (default: {option.default})"
     if option.modes:
         text += f" [mode {', '.join(option.modes)}]"
     text = text.replace("%", "%%")
     if option.kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, dest=option.name)
+    elif option.kind == "list":
+        group.add_argument(flag, action="append", help=text.split(": ", 1)[1], metavar=text.split(": ")[0], dest=option.name)
     elif option.kind == "floats":
         group.add_argument(flag, nargs=2, type=float, metavar=("B1", "B2"), help=text, dest=option.name)
     else:

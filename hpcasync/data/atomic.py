@@ -55,6 +55,23 @@ def replacing(path: Path, *, needed: int = 0) -> Iterator[Path]:
         raise
 
 
+def check_writable(path: Path, *, needed: int) -> None:
+    """Find out, before long work, whether ``path`` could be written: ``needed`` bytes go to disk beside it and away again.
+
+    Raises:
+        UsageError: no space, or no permission to write there.
+        OSError: what else the system says.
+    """
+    with contextlib.suppress(_Enough), replacing(path) as temporary:
+        temporary.write_bytes(bytes(needed))
+        _sync(temporary)
+        raise _Enough
+
+
+class _Enough(Exception):
+    """Leaves `replacing` before anything gets the final name."""
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -15,6 +16,9 @@ from hpcasync.errors import UsageError, unknown
 from hpcasync.modes.buffers import average_buffers, broadcast_buffers
 from hpcasync.stats import Staleness, TimeShare
 
+# torch keeps these two from being compiled, and imports its compiler for that: a second at the start of every rank.
+_ZERO_GRAD = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+_ADD_PARAM_GROUP = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 OnNonfinite = Literal["skip", "abort"]
 Closure = Callable[[], Any]
 
@@ -69,7 +73,7 @@ class Mode(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.share.start()
-        super().zero_grad(set_to_none)
+        _ZERO_GRAD(self, set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self._fixed:
@@ -77,7 +81,7 @@ class Mode(torch.optim.Optimizer):
                 "add_param_group after the optimizer is made: the ranks' buffers are laid out already. "
                 "Give all groups at the start; frozen parameters may be unfrozen later."
             )
-        super().add_param_group(param_group)
+        _ADD_PARAM_GROUP(self, param_group)
 
     def _nonfinite(self, ranks: str) -> None:
         """Count a skipped step, warn once, or abort."""

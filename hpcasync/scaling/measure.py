@@ -25,6 +25,7 @@ from hpcasync.stats import Staleness, TimeShare
 from hpcasync.train.config import TrainConfig
 from hpcasync.train.loop import make_mode, prepare, train
 from hpcasync.train.plot import read_curves
+from hpcasync.train.slow import Slowdown
 
 WARM_UP = 5
 """Steps of every rank before the clock runs, and again as many to find out how long one lasts."""
@@ -40,7 +41,7 @@ def throughput(world: World, case: Case, seconds: float, factor: float = 1.0) ->
         world: the ranks.
         case: what to measure.
         seconds: how long.
-        factor: this rank computes so many times longer: after its gradient it sleeps, and takes no core from the others.
+        factor: this rank computes so many times longer, see `Slowdown`.
 
     Returns:
         On every rank ``samples_per_second`` of all ranks; ``own``, the sum of the ranks' own speeds: samples per second of
@@ -50,11 +51,13 @@ def throughput(world: World, case: Case, seconds: float, factor: float = 1.0) ->
     if case.name == BASE:
         optimizer = torch_optimizer(make_rule(case.config.rule, case.config.options), model)
         share, staleness = TimeShare(), Staleness()
-        samples, spent = _run(world, _stepper(batches, model, optimizer, 1.0, world), share, seconds, in_step=True)
+        samples, spent = _run(world, _stepper(batches, model, optimizer, world), share, seconds, in_step=True)
     else:
         with make_mode(case.config, model, world) as mode:
+            if factor > 1:
+                Slowdown(mode, factor)
             every = case.config.every if isinstance(case.config.every, int) and case.config.mode != "async" else 1
-            step = _stepper(batches, model, mode, factor, world)
+            step = _stepper(batches, model, mode, world)
             samples, spent = _run(world, step, mode.share, seconds, in_step=case.config.mode != "async", every=every)
             staleness = mode.staleness
             mode.synchronize()
@@ -86,17 +89,14 @@ def _endless(batches: Loader) -> Iterator[Batch]:
 
 
 def _stepper(
-    batches: Loader, model: nn.Module, optimizer: torch.optim.Optimizer | Mode, factor: float, world: World
+    batches: Loader, model: nn.Module, optimizer: torch.optim.Optimizer | Mode, world: World
 ) -> Callable[[], int]:
     stream = _endless(batches)
 
     def step() -> int:
         x, y = next(stream)
-        began = time.perf_counter()
         optimizer.zero_grad()
         F.cross_entropy(model(x.to(world.device)), y.to(world.device)).backward()
-        if factor > 1:
-            time.sleep((factor - 1) * (time.perf_counter() - began))
         optimizer.step()
         return len(y)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcasync.data.atomic import replacing
 from hpcasync.errors import UsageError, damaged
 from hpcasync.scaling.cases import BASE, KINDS
 from hpcasync.stats import median_interval
@@ -72,11 +73,12 @@ def tabulate(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def write_table(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Write ``scaling.csv``, ``scaling.md`` and, where matplotlib is installed, ``scaling.png``; returns their paths."""
     paths = [folder / "scaling.csv", folder / "scaling.md"]
-    with paths[0].open("w", newline="") as file:
+    with replacing(paths[0]) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(lines)
-    paths[1].write_text(markdown(lines))
+    with replacing(paths[1]) as temporary:
+        temporary.write_text(markdown(lines))
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -99,7 +101,8 @@ def write_table(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
             ax.minorticks_off()
             ax.grid(alpha=0.3)
         left.legend(fontsize="small")
-    figure.savefig(folder / "scaling.png", dpi=120)
+    with replacing(folder / "scaling.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return [*paths, folder / "scaling.png"]
 
 

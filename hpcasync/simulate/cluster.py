@@ -12,6 +12,7 @@ from hpcasync.errors import UsageError
 from hpcasync.simulate.distributions import Distribution
 from hpcasync.simulate.like import Recording
 from hpcasync.simulate.units import bytes_per_second, seconds
+from hpcasync.train.slow import of_worker
 
 CHUNK = 256  # step times drawn at a time
 
@@ -121,29 +122,6 @@ def parse_network(text: str, flag: str = "--network") -> Network:
     return Network(seconds(parts[0], flag), bytes_per_second(parts[1], flag))
 
 
-def parse_slow(items: Sequence[str], workers: int) -> tuple[float, ...]:
-    """Factors of all workers from ``RANK:FACTOR`` items.
-
-    Raises:
-        UsageError: it does not parse, no such worker, a factor not above 0, a worker named twice.
-    """
-    factors = [1.0] * workers
-    seen: set[int] = set()
-    for item in items:
-        worker, value = _pair(item, ":", "--slow", "RANK:FACTOR such as 3:4.0", workers)
-        try:
-            factor = float(value)
-        except ValueError:
-            factor = math.nan
-        if not math.isfinite(factor) or factor <= 0:
-            raise UsageError(f"--slow {item}: expected RANK:FACTOR with a factor > 0")
-        if worker in seen:
-            raise UsageError(f"--slow {item}: worker {worker} has a factor already")
-        seen.add(worker)
-        factors[worker] = factor
-    return tuple(factors)
-
-
 def parse_changes(fail: Sequence[str], join: Sequence[str], workers: int) -> tuple[tuple[float, int, bool], ...]:
     """Failures and joins from ``RANK@SECONDS`` items, in order of time.
 
@@ -153,7 +131,7 @@ def parse_changes(fail: Sequence[str], join: Sequence[str], workers: int) -> tup
     changes: list[tuple[float, int, bool]] = []
     for flag, items, joins in (("--fail", fail, False), ("--join", join, True)):
         for item in items:
-            worker, when = _pair(item, "@", flag, "RANK@SECONDS such as 2@10", workers)
+            worker, when = of_worker(item, "@", flag, "RANK@SECONDS such as 2@10", workers)
             changes.append((seconds(when, f"{flag} {item}"), worker, joins))
     changes.sort()
     last: dict[int, bool] = {}
@@ -166,13 +144,3 @@ def parse_changes(fail: Sequence[str], join: Sequence[str], workers: int) -> tup
     if len(Cluster(workers, changes=result).absent()) == workers:
         raise UsageError(f"--join: all {workers} workers join late; expected at least one at the start")
     return result
-
-
-def _pair(item: str, mark: str, flag: str, form: str, workers: int) -> tuple[int, str]:
-    number, found, value = item.partition(mark)
-    if not found or not value or not number.isdecimal():
-        raise UsageError(f"{flag} {item}: expected {form}")
-    worker = int(number)
-    if worker >= workers:
-        raise UsageError(f"{flag} {item}: no worker {worker}; {workers} workers are 0 to {workers - 1}")
-    return worker, value

@@ -10,11 +10,12 @@ from typing import Any
 
 from hpcasync.errors import UsageError, unknown
 from hpcasync.modes.block import BLOCK_KEYS, BlockOptions, check_delay
-from hpcasync.simulate.cluster import Cluster, Network, parse_changes, parse_network, parse_slow
+from hpcasync.simulate.cluster import Cluster, Network, parse_changes, parse_network
 from hpcasync.simulate.distributions import Distribution, parse_distribution
 from hpcasync.simulate.like import read_like
 from hpcasync.simulate.units import bytes_per_second
 from hpcasync.train.config import GUIDED_KEYS, OPTIONS, Option, TrainConfig, make_config, rule_options, typed_value
+from hpcasync.train.slow import parse_slow
 
 MODES = ("async", "sync", "kstep", "hierarchical")
 
@@ -53,7 +54,6 @@ class SimulateConfig(TrainConfig):
     compute: str = "constant:1.0"
     network: str = "0,inf"
     service: str = "inf"
-    slow: tuple[str, ...] = ()
     fail: tuple[str, ...] = ()
     join: tuple[str, ...] = ()
     groups: int = 2
@@ -119,7 +119,7 @@ def make_simulate_config(*sources: Mapping[str, Any]) -> SimulateConfig:
     for key in keys:
         if key not in known:
             raise unknown("option", key, known)
-    mine = {k: _typed(own[k], keys.pop(k)) for k in list(keys) if k in own}
+    mine = {k: typed_value(own[k], keys.pop(k)) for k in list(keys) if k in own}
     mode = keys.get("mode", "async")
     if mode not in MODES:
         raise unknown("mode", str(mode), MODES)
@@ -172,11 +172,3 @@ def _like_workers(mine: dict[str, Any]) -> None:
 
 def _belongs(option: Option, mode: str) -> bool:
     return not option.modes or mode in option.modes
-
-
-def _typed(option: Option, value: Any) -> Any:
-    if option.kind != "list":
-        return typed_value(option, value)
-    if isinstance(value, str) or not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value):
-        raise UsageError(f"--{option.name}={value!r}: expected a list of texts")
-    return tuple(value)

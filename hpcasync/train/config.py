@@ -17,6 +17,7 @@ from hpcasync.errors import UsageError, unknown
 from hpcasync.modes.block import BLOCK_KEYS, BlockOptions, check_delay
 from hpcasync.modes.interval import parse_every
 from hpcasync.modes.presets import PRESETS, preset_options
+from hpcasync.train.slow import parse_slow
 
 MODES = ("async", "sync", "kstep", "hierarchical")
 SCHEDULES = ("cosine", "constant")
@@ -28,7 +29,8 @@ class Option:
 
     Attributes:
         name: the key; the flag is ``--name`` with dashes.
-        kind: type of the value (``float``, ``int``, ``str``, ``bool``), or ``"floats"`` for a list of two.
+        kind: type of the value (``float``, ``int``, ``str``, ``bool``), ``"floats"`` for a list of two, ``"list"`` for texts,
+            a flag that may be repeated.
         default: value when not given.
         help: one line.
         modes: modes that it belongs to; empty means all.
@@ -77,6 +79,7 @@ OPTIONS = (
     Option("eval_every", int, 1, "evaluate after so many epochs, and after the last"),
     Option("device", str, "auto", "auto, cpu, cuda or cuda:N"),
     Option("threads", int, None, "CPU threads per rank (default: the node's cores, shared)"),
+    Option("slow", "list", (), "RANK:FACTOR: an artificially slow rank, which sleeps after its gradients; may be repeated"),
     Option("checkpoint_every", int, None, "steps of a rank from one checkpoint to the next, 0 for none but on a signal "
            "(default: at the end of every epoch)"),
     Option("keep", int, 2, "checkpoints that are kept, the newest ones"),
@@ -151,6 +154,7 @@ class TrainConfig:
     eval_every: int = 1
     device: str = "auto"
     threads: int | None = None
+    slow: tuple[str, ...] = ()
     checkpoint_every: int | None = None
     keep: int = 2
     resume: str | None = None
@@ -165,7 +169,7 @@ class TrainConfig:
         foreign = {o.name for o in OPTIONS if o.modes and self.mode not in o.modes}
         foreign |= set() if self.guided else set(GUIDED_KEYS)
         flat = {k: v for k, v in flat.items() if k not in foreign} | self.options
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items() if v is not None and v != ()}
 
 
 def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None = None) -> TrainConfig:
@@ -205,6 +209,8 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
         _at_least(keys, key, least)
     for key, least in (("checkpoint_every", 0), ("keep", 1)):
         _at_least(keys, key, least)
+    if "slow" in keys:
+        parse_slow(keys["slow"], workers() if workers is not None else None, least=1)
     if keys.get("resume") == "auto" and "output" not in keys:
         raise UsageError("--resume auto looks for checkpoints in the run's folder: give it with --output")
     if keys.get("progress", PROGRESS[0]) not in PROGRESS:
@@ -292,10 +298,13 @@ def typed_value(option: Option, value: Any) -> Any:
         return float(value) if number else value
     if kind == "whole-or-schedule" and isinstance(value, (int, str)) and not isinstance(value, bool):
         return int(value) if isinstance(value, int) or value.strip().isdecimal() else value
+    if kind == "list" and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value
     wanted = {"floats": "two numbers", "number-or-word": "a number or a word", int: "a whole number", float: "a number"}
     wanted |= {str: "a text", bool: "true or false", "whole-or-schedule": "a whole number or a schedule"}
+    wanted |= {"list": "a list of texts"}
     raise UsageError(f"--{option.name.replace('_', '-')}={value!r}: expected {wanted[kind]}")
 
 

@@ -34,6 +34,7 @@ from hpcasync.train.progress import Progress
 from hpcasync.train.record import Record
 from hpcasync.train.records import RunFolder
 from hpcasync.train.resume import check_run, find
+from hpcasync.train.slow import Slowdown, parse_slow
 from hpcasync.train.step_log import StepLog
 
 _PLACE = ("epoch", "step", "steps", "loss", "seen", "row")
@@ -49,6 +50,7 @@ def train(config: TrainConfig) -> Outcome:
     if signals.installed():
         signals.install()  # again: MPI may have put handlers of its own there
     agree(world, {"--" + k.replace("_", "-"): v for k, v in config.keys().items()})
+    factors = _together(world, lambda: parse_slow(config.slow, world.size, least=1))
     dataset, batches, model = _together(world, lambda: prepare(config, world))
     verification = _together(world, lambda: _verification(config, dataset, world))
     folder = _together(world, lambda: RunFolder(config) if world.rank == 0 else None)
@@ -57,7 +59,7 @@ def train(config: TrainConfig) -> Outcome:
         with read_ranks(found, world) if found is not None else nullcontext() as source:
             if source is not None:
                 check_run(found, source.facts, config, dataset)
-            return _train(config, world, dataset, batches, model, verification, folder, source)
+            return _train(config, world, dataset, batches, model, verification, folder, source, factors)
     finally:
         if folder is not None:
             folder.close()
@@ -72,6 +74,7 @@ def _train(
     verification: tuple[torch.Tensor, torch.Tensor] | None,
     folder: RunFolder | None,
     source: Reading | None,
+    slow: tuple[float, ...],
 ) -> Outcome:
     seed = config.seed + 1 + world.rank  # dropout and the like differ between ranks
     torch.manual_seed(seed)
@@ -98,6 +101,8 @@ def _train(
             except UsageError:
                 mode.close()
                 raise
+        if slow[world.rank] > 1:
+            Slowdown(mode, slow[world.rank])
         stopped = run.epochs(keeper)
     if stopped:
         keeper.close()
@@ -115,6 +120,8 @@ def _train(
     result |= {"resumed_from": keeper.resumed_from or None, "restarts": keeper.restarts}
     if keeper.reset:
         result["reset"] = list(keeper.reset)
+    if config.slow:
+        result["artificially_slow"] = {str(rank): factor for rank, factor in enumerate(slow) if factor > 1}
     if run.guided is not None:
         result["guided"] = guided_record(run.guided, world)
     if run.record is not None:

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.mpi import MpiRun
-
-# One job runs all cases: main() returns 2 on every rank and the next case follows. Any rank left behind would hang it.
-PROGRAM = """
-import contextlib, io, json, sys
-from hpcasync import init
-from hpcasync.cli import main
-
-world = init()
-found = []
-for argv in json.load(open(sys.argv[1])):
-    out = io.StringIO()
-    with contextlib.redirect_stderr(out):
-        try:
-            code = main(argv)
-        except SystemExit as stop:
-            code = stop.code
-    found.append([code, out.getvalue()])
-everyone = world.gather(found)
-if world.rank == 0:
-    print(json.dumps(everyone))
-"""
+from tests.cli.cases import run_cases
+from tests.mpi import REPO, MpiRun
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +94,9 @@ CASES = {
     "config wrong type": (["train", "--config", "{files}/type.toml"], ["--epochs='three'", "whole number"]),
     "config table": (["train", "--config", "{files}/table.toml"], ["[train]", "table"]),
     "float16 parameters": (["train", "--model", "frozen:half"], ["net.1.weight is float16", "float32"]),
+    "slow rank that is not there": (["train", "--slow", "3:2"], ["--slow 3:2", "no worker 3"]),
+    "slow without a factor": (["train", "--slow", "0"], ["--slow 0", "RANK:FACTOR"]),
+    "quick rank": (["train", "--slow", "0:0.5"], ["--slow 0:0.5", "slower"]),
     "shapes": (["train", "--model", "frozen:wide"], ["(1, 8, 8)", "784"]),
 }
 
@@ -125,10 +107,7 @@ def test_every_case_says_what_is_wrong_once_and_returns_2(mpirun: MpiRun, files:
         pytest.skip("one rank: the same on every MPI")
     names = [n for n in CASES if not (n == "fewer samples than ranks" and ranks == 1)]
     cases = [[part.replace("{files}", str(files)) for part in CASES[name][0]] for name in names]
-    (mpirun.folder / "cases.json").write_text(json.dumps(cases))
-    python_path = f"{files}:{Path(__file__).resolve().parents[2]}"
-    done = mpirun(PROGRAM, ranks, args=["cases.json"], timeout=120, env={"PYTHONPATH": python_path})
-    everyone = json.loads(done.stdout.splitlines()[-1])
+    everyone = run_cases(mpirun, cases, ranks, env={"PYTHONPATH": f"{files}:{REPO}"})
     for i, name in enumerate(names):
         code, text = everyone[0][i]
         assert code == 2, (name, code, text)
@@ -201,17 +180,18 @@ def test_a_full_disk_leaves_no_half_file(mpirun: MpiRun) -> None:
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
 def test_data_commands(mpirun: MpiRun, files: Path) -> None:
-    for argv, part in (
+    cases = (
         (["data", "info", "nothing"], "'nothing'"),
         (["data", "info", files / "text.h5"], "text.h5"),
         (["data", "fetch", "imagenet"], "'imagenet'"),
         (["data", "import", files / "nan.csv", "--out", "x.h5"], "nan.csv"),
         (["data", "import", files / "gone.csv", "--out", "x.h5"], "gone.csv"),
-    ):
-        done = mpirun.cli(argv, None, check=False)
-        assert done.returncode == 2, argv
-        assert part in done.stderr and "Traceback" not in done.stderr
-        assert not (mpirun.folder / "x.h5").exists()
+    )
+    (found,) = run_cases(mpirun, [argv for argv, _ in cases], None)
+    for (argv, part), (code, text) in zip(cases, found, strict=True):
+        assert code == 2, argv
+        assert part in text and "Traceback" not in text
+    assert not (mpirun.folder / "x.h5").exists()
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.cli.cases import run_cases
 from tests.mpi import MpiRun
 
 SHORT = ["bench", "scaling", "--model", "logistic", "--seconds", "0.1", "--rounds", "2"]
@@ -26,7 +28,8 @@ def test_two_launches_and_the_table(mpirun: MpiRun, tmp_path: Path) -> None:
     asynchronous = [row for row in two["rows"] if row["what"] == "async:asgd"]
     assert all(row["staleness"] >= 0 and 0 < row["accuracy"] <= 1 for row in asynchronous)
     assert "torch" in mpirun.cli(["bench", "scaling", "--table", "--out", tmp_path], n=None).stdout
-    assert (tmp_path / "scaling.csv").exists() and (tmp_path / "scaling.png").exists()
+    assert (tmp_path / "scaling.csv").exists() and (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
+    assert not list(tmp_path.glob(".*"))  # written under temporary names
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # nothing of MPI in it
@@ -56,9 +59,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
-@pytest.mark.parametrize("words", BAD)
-def test_bad_input(mpirun: MpiRun, words: str, tmp_path: Path) -> None:
-    several = list(BAD).index(words) < 2  # the others are the same on one rank
-    done = mpirun.cli([*SHORT, "--out", tmp_path, *words.split()], n=2 if several else None, check=False)
-    assert done.returncode == 2, done.stderr
-    assert all(word in done.stderr for word in BAD[words]) and "Traceback" not in done.stderr
+def test_bad_input_is_found_before_anything_is_measured(mpirun: MpiRun) -> None:
+    disk = mpirun.folder / "disk"
+    disk.mkdir()
+    full = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True).returncode == 0
+    bad = BAD | ({f"--out {disk}": ["the disk is full", str(disk)]} if full else {})
+    try:
+        everyone = run_cases(mpirun, [[*SHORT, "--out", "out", *words.split()] for words in bad], 2)
+        assert not list(disk.iterdir())
+    finally:
+        if full:
+            subprocess.run(["umount", disk], check=True)
+    for found in everyone:
+        assert [code for code, _ in found] == [2] * len(bad)
+    for (words, parts), (_, text) in zip(bad.items(), everyone[0], strict=True):
+        assert all(part in text for part in parts), (words, text)
+        assert "Traceback" not in text and "samples/s" not in text

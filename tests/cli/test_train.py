@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_bits(mpirun: MpiRun, mode: str) -> None:
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
-def test_config_file_flags_win_and_the_resolved_one_is_kept(mpirun: MpiRun) -> None:
+def test_config_file_flags_win_and_the_resolved_one_is_kept_a_slow_rank_changes_no_bit(mpirun: MpiRun) -> None:
     (mpirun.folder / "run.toml").write_text(
         'mode = "kstep"\nevery = 4\nblock-momentum = 0.3\nbase = "adam"\nlr = 0.01\nbetas = [0.8, 0.99]\nepochs = 9\n'
     )
@@ -80,8 +80,12 @@ def test_config_file_flags_win_and_the_resolved_one_is_kept(mpirun: MpiRun) -> N
     text = kept.read_text()
     for line in ("every = 4", "block_momentum = 0.3", "epochs = 2", "lr = 0.01", "seed = 0"):
         assert line in text
-    again = result_of(mpirun.cli(["train", "--config", kept, "--output", "b", "--json"], 2).stdout)
+    again = result_of(mpirun.cli(["train", "--config", kept, "--output", "b", "--json", "--slow", "1:30"], 2).stdout)
     assert again["test_loss"] == first["test_loss"]
+    assert again["artificially_slow"] == {"1": 30.0} and "artificially_slow" not in first
+    with h5py.File(mpirun.folder / "b" / "run.h5") as file:
+        quick, slow = file["ranks/compute"][:]
+        assert slow > 3 * quick and file["ranks/wait"][0] > file["ranks/wait"][1]
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)

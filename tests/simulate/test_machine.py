@@ -10,7 +10,7 @@ import pytest
 
 from hpcasync.data import Dataset
 from hpcasync.errors import UsageError
-from hpcasync.simulate.cluster import Network, parse_changes, parse_network, parse_slow
+from hpcasync.simulate.cluster import Network, parse_changes, parse_network
 from hpcasync.simulate.distributions import parse_distribution
 from hpcasync.simulate.units import bytes_per_second, seconds
 from tests.simulate.toys import run
@@ -63,11 +63,6 @@ BAD = [
     (lambda: parse_network("5us,fast"), ["'fast'", "10GB/s"]),
     (lambda: parse_network("5us,0GB/s"), ["> 0"]),
     (lambda: parse_network("-5us,1GB/s"), ["'-5us'"]),
-    (lambda: parse_slow(["3"], 4), ["--slow 3", "RANK:FACTOR"]),
-    (lambda: parse_slow(["4:2"], 4), ["no worker 4", "0 to 3"]),
-    (lambda: parse_slow(["1:0"], 4), ["> 0"]),
-    (lambda: parse_slow(["1:nan"], 4), ["> 0"]),
-    (lambda: parse_slow(["1:2", "1:3"], 4), ["worker 1", "already"]),
     (lambda: parse_changes(["1"], [], 4), ["--fail 1", "RANK@SECONDS"]),
     (lambda: parse_changes([], ["7@1"], 4), ["--join 7@1", "no worker 7"]),
     (lambda: parse_changes(["1@soon"], [], 4), ["'soon'"]),

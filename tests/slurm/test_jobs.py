@@ -1,4 +1,4 @@
-"""Our own batch scripts on a real Slurm: launch, array, time limit, preemption, requeue, failure."""
+"""Our own batch scripts on a real Slurm: launch, array, preemption, requeue, failure. The time limit: test_train.py."""
 
 from __future__ import annotations
 
@@ -133,21 +133,6 @@ def test_a_signal_before_there_are_handlers(submit: Submit, slurm: Cluster) -> N
     _warn(slurm, job)
     assert job.wait() == "COMPLETED", job.output()
     assert job.facts["Restarts"] == "1" and "requeued, restart 1" in job.output()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_time_limit(submit: Submit, slurm: Cluster) -> None:
-    """Slurm's shortest limit is a minute; its signal may come up to a minute early."""
-    job = submit(
-        *("--nodes", 2, "--ranks-per-node", 2, "--time", 1, "--signal-lead", 50, "--"), LOOP, submit.folder / "state", 1200
-    )
-    job.wait_for("requeued, restart 1 of at most 20", 80)
-    stopped = re.search(r"stop at (\d+)", job.output())
-    assert stopped is not None
-    job.wait_for(f"start at {stopped[1]} on", 60)
-    slurm.run(["scancel", str(job.number)])
-    assert job.wait() == "CANCELLED"
 
 
 def test_a_cancelled_job_stays_cancelled(submit: Submit, slurm: Cluster) -> None:

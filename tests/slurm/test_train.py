@@ -1,44 +1,106 @@
-"""`hpcasync train` itself on a real Slurm: an array of seeds, preempted and resumed to the same bits, started wrongly."""
+"""`hpcasync train` itself on a real Slurm: stopped and resumed to the same bits, an array of seeds, started wrongly."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.checkpoints import differences
+from tests.mpi import Lane
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Submit
+from tests.slurm.conftest import Submit, Submitted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # torch is imported up to six times in a test
 
 ONE = ("--cpus-per-rank", 1)  # one thread each: all the nodes share this machine's cores
 TRAIN = ("--", "train", "--data", "digits", "--model", "mlp")
+SAME = ("test_loss", "test_accuracy", "train_loss", "updates", "ranks", "nodes", "epochs")
 
 
 def _result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_a_preempted_job_comes_to_the_same_result(submit: Submit, slurm: Cluster) -> None:
-    """Two nodes, preempted by a higher partition in the middle; against the same job left alone."""
-    flags = ("--nodes", 2, "--ranks-per-node", 1, *ONE, *TRAIN, "--mode", "sync", "--epochs", 20, "--base", "adam", "--lr", 0.001)
-    job = submit(*flags)
-    metrics = job.folder / "metrics.jsonl"
-    slurm.until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, "epochs", 120, job.output)
-    slurm.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    assert job.wait() == "COMPLETED", job.output()
-    assert job.facts["Restarts"] == "1" and "requeued, restart 1" in job.output()
+NET = """
+import os, time
+import torch
+from hpcasync.train import signals
 
-    alone = submit(*flags)
-    assert alone.wait() == "COMPLETED", alone.output()
-    went_on, expected = _result(job.folder), _result(alone.folder)
-    same = ("test_loss", "test_accuracy", "train_loss", "updates", "ranks", "nodes", "epochs")
-    assert {k: went_on[k] for k in same} == {k: expected[k] for k in same}
-    assert went_on["nodes"] == 2 and went_on["updates"] > 0
-    epochs = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]
-    assert epochs == list(range(1, 21))
+def net(shape, classes):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 24), torch.nn.BatchNorm1d(24),
+        torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(24, classes))
+
+def held(shape, classes):
+    # The same, which in a job's first start stays at the 30th step until there is a signal.
+    model, seen = net(shape, classes), 0
+
+    def wait(module, inputs):
+        nonlocal seen
+        seen += module.training
+        time.sleep(0.1)  # ranks in step ask for signals at each of such slow steps
+        while seen > 30 and not signals.received():
+            time.sleep(0.02)
+
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        model.register_forward_pre_hook(wait)
+    return model
+"""
+MODES = {
+    "sync": ("--mode", "sync", "--base", "adam", "--lr", 0.001, "--schedule", "cosine"),
+    "kstep": ("--mode", "kstep", "--every", 4, "--block-momentum", 0.5, "--base", "momentum", "--lr", 0.02),
+}
+# Both runs as they are without any signal, in one job.
+WHOLE = """
+import json, sys
+from hpcasync.cli import main
+sys.exit(any([main([*words, "--output", name]) for name, words in json.loads(sys.argv[1]).items()]))
+"""
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # signals of both libraries: test_jobs.py
+def test_stopped_jobs_come_to_the_same_parameters(submit: Submit, slurm: Cluster, lane: Lane) -> None:
+    """`hpcasync train` on two nodes, once at its time limit, once preempted: requeued, resumed, bit for bit as if left alone."""
+    (submit.folder / "net.py").write_text(NET)
+    (submit.folder / "whole.py").write_text(WHOLE)
+    where = ("--nodes", 2, "--ranks-per-node", 1, *ONE)
+    train = ("train", "--epochs", 3, "--seed", 3, "--model")
+    # Slurm looks at time limits every 30 s and signals up to a minute early.
+    kstep = submit(*where, "--time", 10, "--signal-lead", 100, "--", *train, "net:held", *MODES["kstep"], lane=lane)
+    sync = submit(*where, "--", *train, "net:held", *MODES["sync"], lane=lane)
+    words = {mode: [*map(str, (*train, "net:net", *flags))] for mode, flags in MODES.items()}
+    whole = submit(*where, "--", submit.folder / "whole.py", json.dumps(words), lane=lane)
+    for job in (kstep, sync):
+        metrics = job.folder / "metrics.jsonl"
+        slurm.until(lambda metrics=metrics: metrics.exists() and metrics.read_text(), "epoch", 120, job.output)  # type: ignore[misc]
+
+    _limit(slurm, kstep, minutes_left=1)
+    kstep.wait_for("requeued, restart 1 of at most 20")
+    _limit(slurm, kstep, minutes_left=10)  # of the next start
+    assert whole.wait() == "COMPLETED", whole.output()
+    slurm.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    sync.wait_for("requeued, restart 1 of at most 20")
+    for job, mode in ((kstep, "kstep"), (sync, "sync")):
+        assert job.wait() == "COMPLETED", job.output()
+        out = job.output()
+        assert "got USR1, asking the ranks for a checkpoint" in out and "stopped by SIGUSR1" in out
+        assert re.search(r"resumed from \S+: epoch 2, step ([1-9]|1\d|2[0-2])\b", out), out  # of 23
+        expected = submit.folder / mode
+        assert differences(job.folder, expected) == []
+        assert {k: _result(job.folder)[k] for k in SAME} == {k: _result(expected)[k] for k in SAME}
+        rows = [json.loads(line)["epoch"] for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+        assert rows == [1, 2, 3]
+        assert _result(job.folder)["restarts"] > 0 == _result(expected)["restarts"]
+
+
+def _limit(slurm: Cluster, job: Submitted, minutes_left: int) -> None:
+    """Change a job's time limit to one that comes one to two minutes later than so many from now."""
+    state = job.facts
+    hours, minutes, _ = map(int, state["RunTime"].rsplit("-")[-1].split(":")) if state["JobState"] == "RUNNING" else (0, 0, 0)
+    slurm.run(["scontrol", "update", f"JobId={job.number}", f"TimeLimit={60 * hours + minutes + 1 + minutes_left}"])
 
 
 def test_an_array_trains_one_seed_per_element(submit: Submit) -> None:

@@ -24,6 +24,7 @@ COMMON = {
     "lr": rates,
     "weight_decay": fractions,
     "on_nonfinite": st.sampled_from(["skip", "abort"]),
+    "slow": st.sampled_from([["1:4.0"], ["0:2", "7:1.5"]]),
 }
 BY_MODE = {
     "async": {"staleness": st.integers(0, 100), "rule": st.sampled_from(["asgd", "trend-smooth"])},
@@ -97,6 +98,8 @@ def test_defaults_depend_on_the_mode() -> None:
         ({"mode": "sync", "staleness": 3}, "belongs to mode async"),
         ({"every": 3}, "belongs to mode kstep"),
         ({"warmup": 3}, "unknown option 'warmup'"),
+        ({"slow": "1:2"}, "a list of texts"),
+        ({"slow": ["1:0.5"]}, "slower"),
     ],
 )
 def test_bad_keys(bad: dict[str, Any], part: str) -> None:
