@@ -66,6 +66,7 @@ class InStep(Agreement):
         self._comm = self.world.comm.Dup()
         self._ticks, self._next, self._averages = 0, 1, 0
         self._began = time.perf_counter()
+        self._pace = 0.0  # seconds from tick to tick on this rank
         self._stop = False
 
     def wanted(self, due: bool) -> bool:
@@ -94,12 +95,14 @@ class InStep(Agreement):
 
     def _ask(self) -> None:
         now = time.perf_counter()
-        mine = np.array([bool(signals.received()), (now - self._began) / max(self._ticks, 1)])
+        if self._ticks:  # else this is the end of an epoch, right after the last step's question
+            self._pace = (now - self._began) / self._ticks
+        mine = np.array([bool(signals.received()), self._pace])
         both = np.empty_like(mine)
         _wait(self._comm.Iallreduce(mine, both, op=_max()))
         self._ticks, self._began = 0, now
         self._stop = bool(both[0])
-        self._next = int(np.clip(LOOK_SECONDS / max(both[1], 1e-9), 1, 10_000))
+        self._next = int(np.clip(LOOK_SECONDS / both[1], 1, 10_000)) if both[1] else 1
 
 
 class Free(Agreement):
