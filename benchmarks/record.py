@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _common import Ratio, Report, begin, finish, interleave, launch, make_parser, timed
+from _loop import make_run, steps_of, write_data
 
 TARGET = 1.02
 
@@ -54,22 +56,16 @@ def work(args) -> None:
         args.worker.write_text(json.dumps(report.rows))
 
 
-def write_data(path: Path) -> None:
-    """Random samples: only their shape matters here."""
-    from hpcasync.data.layout import Arrays
-    from hpcasync.data.write import write_dataset
-
-    rng = np.random.default_rng(0)
-    x, y = rng.integers(0, 256, (12_000, 1, 28, 28), np.uint8), np.arange(12_000) % 10
-    write_dataset(path, Arrays(x[:10_000], y[:10_000], x[10_000:], y[10_000:]))
-
-
 def measure(args, world, report: Report, model: str, where: Path, data: str) -> None:
     """One model: steps of the two runs in turn."""
+    from hpcasync.train.keeper import Keeper
+
     block = 3 if args.quick else 20
-    run = make_run(world, model, data, args.batch, where / model)
+    run = make_run(world, model, data, args.batch)
+    run.begin_record(where / model, Keeper(run, None))
     record = run.record
-    sides: dict[str, Any] = {name: steps_of(run, on, block) for name, on in (("record", record), ("no record", None))}
+    both = (("record", record), ("no record", None))
+    sides: dict[str, Any] = {name: steps_of(run, block, partial(use, run, on)) for name, on in both}
     for side in sides.values():
         side()
     sides["calls of the record"] = timed(calls_of(record), block)
@@ -80,44 +76,9 @@ def measure(args, world, report: Report, model: str, where: Path, data: str) -> 
     record.close()
 
 
-def make_run(world, model: str, data: str, batch: int, folder: Path):
-    """A run as `hpcasync train` makes it, about to make its first step."""
-    from hpcasync.train import loop
-    from hpcasync.train.config import make_config
-    from hpcasync.train.keeper import Keeper
-    from hpcasync.train.progress import Progress
-
-    keys = {"data": data, "model": model, "batch": batch, "epochs": 1000, "threads": 1}
-    config = make_config(keys)
-    dataset, batches, net = loop.prepare(config, world)
-    mode = loop.make_mode(config, net, world)
-    run = loop.Run(config, world, dataset, batches, net, mode, Progress(1, 1, shown=False), None, None)
-    run.begin_record(folder, Keeper(run, None))
-    return run
-
-
-def steps_of(run, record, block: int):
-    """A side: so many steps of the loop, with the record or None."""
-
-    class Stopper:
-        """In place of the keeper of checkpoints: leaves the epoch after a block."""
-
-        left = 0
-
-        def after_step(self) -> bool:
-            self.left -= 1
-            return self.left == 0
-
-    stopper = Stopper()
-
-    def side() -> float:
-        run.step, stopper.left = 0, block
-        run.record = run.mode.recorder = record
-        began = time.perf_counter()
-        run._epoch(stopper)
-        return (time.perf_counter() - began) / block
-
-    return side
+def use(run, record) -> None:
+    """Go on with the record, or with None."""
+    run.record = run.mode.recorder = record
 
 
 def calls_of(record):

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from hpcasync.errors import UsageError
     from hpcasync.modes import Async, Guided, Hierarchical, KStep, Sync
     from hpcasync.train.checkpoint import load_checkpoint, save_checkpoint
+    from hpcasync.train.monitor import Monitor
 
 _HOMES = {
     "Async": "hpcasync.modes",
     "Guided": "hpcasync.modes",
     "Hierarchical": "hpcasync.modes",
     "KStep": "hpcasync.modes",
+    "Monitor": "hpcasync.train.monitor",
     "Sync": "hpcasync.modes",
     "UsageError": "hpcasync.errors",
     "World": "hpcasync.comm",
@@ -32,8 +34,8 @@ _HOMES = {
 _MODULES = ("data", "models", "rules")
 
 __all__ = [
-    "Async", "Guided", "Hierarchical", "KStep", "Sync", "UsageError", "World", "data", "init", "load_checkpoint", "models",
-    "rules", "save_checkpoint",
+    "Async", "Guided", "Hierarchical", "KStep", "Monitor", "Sync", "UsageError", "World", "data", "init", "load_checkpoint",
+    "models", "rules", "save_checkpoint",
 ]  # fmt: skip
 
 

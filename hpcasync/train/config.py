@@ -85,6 +85,8 @@ OPTIONS = (
     Option("keep", int, 2, "checkpoints that are kept, the newest ones"),
     Option("resume", str, None, "auto: from the newest good checkpoint in --output, if there is one; or a checkpoint's path"),
     Option("record", bool, False, "record every step, for replay and timeline; runs of mode async can be replayed bit for bit"),
+    Option("live", bool, False, "a view of all ranks on a terminal, also through mpiexec; elsewhere plain lines"),
+    Option("tensorboard", bool, False, "event files for TensorBoard in the run's folder; needs the extra tensorboard"),
     Option("output", str, None, "folder of the run (default: runs/<time>-<name>)"),
     Option("name", str, None, "name of the run (default: data-model-mode)"),
 )  # fmt: skip
@@ -159,6 +161,8 @@ class TrainConfig:
     keep: int = 2
     resume: str | None = None
     record: bool = False
+    live: bool = False
+    tensorboard: bool = False
     output: str | None = None
     name: str = ""
     options: dict[str, Any] = field(default_factory=dict)

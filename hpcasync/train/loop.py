@@ -28,7 +28,9 @@ from hpcasync.train import signals
 from hpcasync.train.checkpoint_ranks import Reading, read_ranks
 from hpcasync.train.config import TrainConfig
 from hpcasync.train.evaluate import evaluate
+from hpcasync.train.event_file import check_tensorboard
 from hpcasync.train.keeper import Keeper
+from hpcasync.train.monitor import Monitor
 from hpcasync.train.outcome import Outcome, guided_record, rank_record, result_of
 from hpcasync.train.progress import Progress
 from hpcasync.train.record import Record
@@ -51,6 +53,7 @@ def train(config: TrainConfig) -> Outcome:
         signals.install()  # again: MPI may have put handlers of its own there
     agree(world, {"--" + k.replace("_", "-"): v for k, v in config.keys().items()})
     factors = _together(world, lambda: parse_slow(config.slow, world.size, least=1))
+    _together(world, lambda: check_tensorboard(config.tensorboard))
     dataset, batches, model = _together(world, lambda: prepare(config, world))
     verification = _together(world, lambda: _verification(config, dataset, world))
     folder = _together(world, lambda: RunFolder(config) if world.rank == 0 else None)
@@ -82,7 +85,8 @@ def _train(
     random.seed(seed)
     mode = make_mode(config, model, world)
     path = Path(world.gather(str(folder.path) if folder is not None else "")[0])
-    with Progress(config.epochs, len(batches), shown=world.rank == 0) as progress:
+    monitor = make_monitor(config, mode, path, len(batches))
+    with Progress(config.epochs, len(batches), shown=world.rank == 0, monitor=monitor) as progress:
         run = Run(config, world, dataset, batches, model, mode, progress, folder, verification)
         keeper = Keeper(run, folder)
         if source is not None:
@@ -156,6 +160,26 @@ def make_mode(config: TrainConfig, model: nn.Module, world: World) -> Mode:
     return KStep(optimizer, **block, **common)
 
 
+def make_monitor(config: TrainConfig, mode: Mode, folder: Path, steps: int) -> Monitor | None:
+    """What ``--live`` and ``--tensorboard`` ask for, None for neither. Collective.
+
+    Raises:
+        UsageError: as `Monitor`; the mode is closed then.
+    """
+    if not (config.live or config.tensorboard):
+        return None
+    files = folder / "tensorboard" if config.tensorboard else None
+    try:
+        monitor = Monitor(
+            mode, live=config.live, tensorboard=files, title=config.name, steps=config.epochs * steps, epochs=config.epochs
+        )
+    except UsageError:
+        mode.close()
+        raise
+    monitor.text("config", "".join(f"    {key} = {value!r}\n" for key, value in config.keys().items()))
+    return monitor
+
+
 class Run:
     """One pass through the epochs.
 
@@ -223,7 +247,9 @@ class Run:
         """
         last = self.config.epochs
         while self.epoch <= last:
-            if self._epoch(keeper) or keeper.end_of_epoch():
+            stop = self._epoch(keeper)
+            self.progress.meets()
+            if stop or keeper.end_of_epoch():
                 return next(filter(None, self.world.gather(signals.received())))
             self.mode.synchronize()
             self.log.meeting()
@@ -263,7 +289,7 @@ class Run:
             self.seen += len(y)
             self.step += 1
             self.steps += 1
-            self.progress.step(self.epoch, self.step, value)
+            self.progress.step(self.epoch, self.step, value, len(y))
             self.log.step()
             if record is not None:
                 record.step_ends(value)

@@ -1,11 +1,14 @@
-"""What a run shows while it runs: a bar on a terminal, plain lines elsewhere, and only on rank 0."""
+"""What a run shows while it runs: a bar on a terminal, plain lines elsewhere, only on rank 0; the live view where asked for."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from hpcasync.train.monitor import Monitor
 
 PLAIN_SECONDS = 10.0
 """Seconds between plain lines inside an epoch."""
@@ -19,17 +22,22 @@ class Progress:
         steps: per epoch.
         shown: false on all ranks but 0.
         stream: where to; the standard error, so that standard output stays for results.
+        monitor: told of everything, and closed with this one. With its live view there is no bar and no line between evaluations.
     """
 
-    def __init__(self, epochs: int, steps: int, *, shown: bool, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, epochs: int, steps: int, *, shown: bool, stream: TextIO | None = None, monitor: Monitor | None = None
+    ) -> None:
         self._epochs, self._steps, self._shown = epochs, steps, shown
         self._stream = sys.stderr if stream is None else stream
         self._bar: Any = None
         self._task: Any = None
         self._last = time.monotonic()
+        self._monitor = monitor
+        self._live = monitor is not None and monitor.shown
 
     def __enter__(self) -> Progress:
-        if self._shown and self._stream.isatty():
+        if self._shown and not self._live and self._stream.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
@@ -45,21 +53,35 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._monitor is not None:
+            self._monitor.__exit__(kind, error, trace)
 
     def resumed(self, steps: int) -> None:
-        """Tell that so many steps were made before."""
+        """Tell that so many steps were made before. Collective with a monitor."""
+        if self._monitor is not None:
+            self._monitor.resumed(steps)
         if self._bar is not None:
             self._bar.update(self._task, completed=steps)
 
-    def step(self, epoch: int, step: int, loss: float) -> None:
-        """Tell of step ``step`` (from 1) of epoch ``epoch`` (from 1)."""
+    def step(self, epoch: int, step: int, loss: float, samples: int = 0) -> None:
+        """Tell of step ``step`` (from 1) of epoch ``epoch`` (from 1), on ``samples``, for a monitor."""
+        if self._monitor is not None:
+            self._monitor.step(loss, samples, epoch)
         if self._bar is not None:
             self._bar.update(self._task, advance=1, note=f"epoch {epoch} loss {loss:.3f}")
-        elif self._shown and time.monotonic() - self._last > PLAIN_SECONDS:
+        elif self._shown and not self._live and time.monotonic() - self._last > PLAIN_SECONDS:
             self._say(f"epoch {epoch}/{self._epochs}  step {step}/{self._steps}  loss {loss:.4f}")
+
+    def meets(self) -> None:
+        """Tell that this rank has come to the end of an epoch."""
+        if self._monitor is not None:
+            self._monitor.meets()
 
     def evaluated(self, row: dict[str, float], speed: float) -> None:
         """Tell of an evaluation."""
+        if self._monitor is not None:
+            curves = {"loss/train": row["train_loss"], "loss/test": row["test_loss"], "accuracy/test": row["test_accuracy"]}
+            self._monitor.scalars(curves | {"epoch": row["epoch"]}, row["updates"])
         if not self._shown:
             return
         text = (

@@ -14,7 +14,7 @@ from hpcasync.train.config import TrainConfig
 
 FREE = (
     "output", "name", "resume", "checkpoint_every", "keep", "eval_every", "device", "threads", "data", "progress",
-    "collectives", "epochs", "model", "record", "slow",
+    "collectives", "epochs", "model", "record", "slow", "live", "tensorboard",
 )  # fmt: skip
 """Keys that may be others when a run goes on; data are compared by their checksum, the model by its tensors."""
 

@@ -1,0 +1,79 @@
+"""The terminal that a run was started from, also where a rank's standard error is a pipe to mpiexec."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun")
+
+
+class Terminal(NamedTuple):
+    """A terminal open for writing, and the process whose standard error it is."""
+
+    descriptor: int
+    owner: int
+
+
+def find_terminal(stream: TextIO) -> Terminal | None:
+    """The terminal of ``stream``, else the one that the standard error of this rank's mpiexec is; None where there is none.
+
+    On another machine than mpiexec's there is none.
+    """
+    if os.environ.get("TERM", "dumb") == "dumb":
+        return None
+    try:
+        own = stream.fileno()
+    except (OSError, ValueError):  # a stream of a notebook or a test
+        return None
+    if os.isatty(own):
+        return _open(f"/proc/self/fd/{own}", os.getpid())
+    launcher = _launcher()
+    return _open(f"/proc/{launcher}/fd/2", launcher) if launcher else None
+
+
+def in_foreground(pid: int) -> bool:
+    """Whether a process may draw: not while it is stopped or in the background of its terminal."""
+    fields = _stat(pid)
+    if len(fields) < 6:
+        return True
+    group, terminal, foreground = fields[2], fields[4], fields[5]
+    return terminal == "0" or foreground in (group, "-1", "0")
+
+
+def _open(path: str, owner: int) -> Terminal | None:
+    try:
+        if not stat.S_ISCHR(os.stat(path).st_mode):
+            return None
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    if os.isatty(descriptor):
+        return Terminal(descriptor, owner)
+    os.close(descriptor)
+    return None
+
+
+def _launcher() -> int:
+    """The process id of the mpiexec above this rank, 0 where none is found."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            name = Path(f"/proc/{pid}/comm").read_text()
+        except OSError:
+            return 0
+        if name.startswith(LAUNCHERS):
+            return pid
+        fields = _stat(pid)
+        pid = int(fields[1]) if fields else 0
+    return 0
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent, group, session, terminal, foreground group, ... of a process; empty for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
