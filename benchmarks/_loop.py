@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+
+@contextmanager
+def folder_of(world) -> Iterator[tuple[Path, str]]:
+    """A folder that all ranks see, and the path of a data set in it. Collective, also at its end."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(world.gather(folder)[0])
+        data = where / "data.h5"
+        if world.rank == 0:
+            write_data(data)
+        world.collectives.barrier()
+        yield where, str(data)
+        world.collectives.barrier()
 
 
 def write_data(path: Path) -> None:

@@ -11,12 +11,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from functools import partial
-from pathlib import Path
 
 from _common import Ratio, Report, begin, finish, interleave, launch, make_parser
-from _loop import make_run, steps_of, write_data
+from _loop import folder_of, make_run, steps_of
 
 TARGET = 1.01
 
@@ -44,13 +42,8 @@ def work(args) -> None:
 
     world = hpcasync.init(threads=1)
     report = Report(quiet=world.rank > 0)
-    with tempfile.TemporaryDirectory() as folder:
-        where = Path(world.gather(folder)[0])
-        data = where / "data.h5"
-        if world.rank == 0:
-            write_data(data)
-        world.collectives.barrier()
-        run = make_run(world, "lenet5", str(data), args.batch)
+    with folder_of(world) as (where, data):
+        run = make_run(world, "lenet5", data, args.batch)
         live = live_monitor(run.mode)
         curves = hpcasync.Monitor(run.mode, tensorboard=where / "tensorboard")
         sides = {}

@@ -7,7 +7,6 @@ record` is what a step calls for it, alone: with warm caches.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from _common import Ratio, Report, begin, finish, interleave, launch, make_parser, timed
-from _loop import make_run, steps_of, write_data
+from _loop import folder_of, make_run, steps_of
 
 TARGET = 1.02
 
@@ -43,15 +42,9 @@ def work(args) -> None:
 
     world = hpcasync.init(threads=1)
     report = Report(quiet=world.rank > 0)
-    with tempfile.TemporaryDirectory() as folder:
-        where = Path(world.gather(folder)[0])
-        data = where / "data.h5"
-        if world.rank == 0:
-            write_data(data)
-        world.collectives.barrier()
+    with folder_of(world) as (where, data):
         for model in args.models:
-            measure(args, world, report, model, where, str(data))
-        world.collectives.barrier()
+            measure(args, world, report, model, where, data)
     if world.rank == 0:
         args.worker.write_text(json.dumps(report.rows))
 

@@ -65,6 +65,10 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         self.screen.resize(lines, columns)
 
+    def type(self, text: str) -> None:
+        """What a user types."""
+        os.write(self._master, text.encode())
+
     def read(self, seconds: float) -> bool:
         """Show what comes within ``seconds``; whether the terminal is still open."""
         deadline = time.monotonic() + seconds

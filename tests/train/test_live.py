@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import uuid
 from collections.abc import Sequence
@@ -103,6 +104,21 @@ def test_one_process_and_other_sizes_of_the_terminal(mpirun: MpiRun) -> None:
         shown.wait_for(lambda lines: ranks_of(lines[-1:]))
         os.kill(shown.process.pid, signal.SIGTERM)
         assert shown.wait() == 75
+
+
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_nothing_is_drawn_from_the_background(mpirun: MpiRun) -> None:
+    job = f"set -m; {shlex.join([*mpirun.lane.cli, *TRAIN, 'run'])} & read; fg"
+    token = mpirun.last_token = uuid.uuid4().hex
+    with Terminal(["bash", "-c", job], mpirun._environment({TOKEN: token}), token, mpirun.folder) as shown:
+        shown.wait_for(lambda lines: sum("accuracy" in line for line in lines) > 1)
+        shown.read(1)
+        assert not ranks_of(shown.lines) and b"\x1b7" not in shown.seen
+        shown.type("\n")
+        shown.wait_for(ranks_of)
+        os.kill(json.loads((mpirun.folder / "run" / "run.lock").read_text())["pid"], signal.SIGTERM)
+        shown.wait()
+        assert not ranks_of(shown.lines)
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
