@@ -146,6 +146,28 @@ def _segments(pids: Sequence[int]) -> set[Path]:
     return found
 
 
+def _orphans(since: float) -> set[Path]:
+    """The MPI libraries' shared-memory files younger than ``since`` that no process maps: those of a job that died."""
+    young = set()
+    for path in (p for name in ("mpich_shm_*", "sm_segment.*") for p in Path("/dev/shm").glob(name)):
+        try:
+            young |= {path} if path.stat().st_ctime >= since and path.stat().st_uid == os.getuid() else set()
+        except FileNotFoundError:  # of another job, which has just ended
+            continue
+    if young:
+        young -= _segments([int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()])
+    return young
+
+
+def _sweep(since: float) -> None:
+    """Remove what a job that died has left in /dev/shm; twice unmapped, lest another job is just making it."""
+    left = _orphans(since)
+    if left:
+        time.sleep(0.05)
+        for path in left & _orphans(since):
+            path.unlink(missing_ok=True)
+
+
 def _kill_all(process: subprocess.Popen[str], token: str) -> None:
     """Kills every process of a launch, the launcher's group included."""
     deadline = time.monotonic() + 10
@@ -243,7 +265,7 @@ class MpiRun:
     ) -> subprocess.CompletedProcess[str]:
         if n is not None:
             command = self._command(command, n, launcher)
-        self.last_token = uuid.uuid4().hex
+        self.last_token, since = uuid.uuid4().hex, time.time() - 0.1
         # Files, not pipes: a rank that outlives mpiexec would keep a pipe open, and the reader waiting.
         logs = [self.folder / f"run{self._count}.{name}" for name in ("out", "err")]
         with logs[0].open("w") as out, logs[1].open("w") as err:
@@ -257,19 +279,18 @@ class MpiRun:
                 start_new_session=True,
                 text=True,
             )
-            timed_out, segments = False, set[Path]()
+            timed_out = False
             try:
                 process.wait(timeout)
             except subprocess.TimeoutExpired:
                 timed_out, pids = True, processes_of(self.last_token)
-                segments = _segments(pids)
                 # faulthandler answers with the traceback of every thread: where it hung.
                 _send([pid for pid in pids if _runs_python(pid)], signal.SIGABRT)
                 time.sleep(0.5)
             finally:
                 _kill_all(process, self.last_token)
-                for segment in segments:
-                    segment.unlink(missing_ok=True)
+                if process.returncode != 0:  # an abort or a kill; a job that ends well removes its own
+                    _sweep(since)
         stdout, stderr = (log.read_text(errors="replace") for log in logs)
         result = subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
         if timed_out or (check and result.returncode != 0):

