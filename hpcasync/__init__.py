@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from hpcasync import data, models, rules
+    from hpcasync import data, lightning, models, rules
     from hpcasync.comm import World, init
     from hpcasync.errors import UsageError
     from hpcasync.modes import Async, Guided, Hierarchical, KStep, Sync
@@ -31,11 +31,11 @@ _HOMES = {
     "load_checkpoint": "hpcasync.train.checkpoint",
     "save_checkpoint": "hpcasync.train.checkpoint",
 }
-_MODULES = ("data", "models", "rules")
+_MODULES = ("data", "lightning", "models", "rules")
 
 __all__ = [
-    "Async", "Guided", "Hierarchical", "KStep", "Monitor", "Sync", "UsageError", "World", "data", "init", "load_checkpoint",
-    "models", "rules", "save_checkpoint",
+    "Async", "Guided", "Hierarchical", "KStep", "Monitor", "Sync", "UsageError", "World", "data", "init", "lightning",
+    "load_checkpoint", "models", "rules", "save_checkpoint",
 ]  # fmt: skip
 
 

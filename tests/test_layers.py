@@ -16,7 +16,7 @@ LAYERS = [
     {"store"},
     {"modes"},
     {"train"},
-    {"simulate", "replay", "report", "scaling", "slurm", "doctor", "launch"},
+    {"simulate", "replay", "report", "scaling", "slurm", "doctor", "launch", "lightning"},
     {"cli"},
 ]
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

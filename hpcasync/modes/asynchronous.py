@@ -83,7 +83,7 @@ class Async(Mode):
             raise UsageError(f"rule={rule!r}: expected a rule such as hpcasync.rules.TrendSmooth(lr=0.05)")
         if staleness is not None:
             between("staleness", staleness, 0, np.inf)
-        groups, names, module = groups_of(params)
+        groups, names, module = groups_of(params, model)
         model = module if model is None else model
         for group in groups:
             rule.check_options(rule.group_options() | group)

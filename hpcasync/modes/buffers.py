@@ -22,7 +22,7 @@ def broadcast_buffers(model: nn.Module, world: World) -> None:
         shapes = [(name, tuple(b.shape), str(b.dtype)) for name, b in model.named_buffers()]
         agree(world, {"the model's buffers": shapes})
         for buffer in model.buffers():
-            _broadcast(buffer, world)
+            broadcast(buffer, world)
 
 
 def average_buffers(model: nn.Module, world: World) -> None:
@@ -38,10 +38,11 @@ def average_buffers(model: nn.Module, world: World) -> None:
             buffer.copy_(mean.view(buffer.shape))
     for buffer in model.buffers():
         if not buffer.is_floating_point():
-            _broadcast(buffer, world)
+            broadcast(buffer, world)
 
 
-def _broadcast(tensor: Tensor, world: World) -> None:
+def broadcast(tensor: Tensor, world: World) -> None:
+    """Give every rank the tensor of rank 0, in place. Collective."""
     host = tensor.detach().to("cpu", copy=True).contiguous()
     if host.numel():
         world.collectives.broadcast(host.view(-1).view(torch.uint8).numpy())

@@ -15,8 +15,14 @@ from hpcasync.store.layout import Layout
 Source = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
-def groups_of(source: Source) -> tuple[list[dict[str, Any]], list[str], nn.Module | None]:
+def groups_of(
+    source: Source, model: nn.Module | None = None
+) -> tuple[list[dict[str, Any]], list[str], nn.Module | None]:
     """Parameter groups, parameter names and the module, from whatever a torch optimizer takes, or a module.
+
+    Args:
+        source: the module, parameters, or groups.
+        model: names the parameters where ``source`` is not the module.
 
     Raises:
         UsageError: no parameters, or none that is trainable.
@@ -29,7 +35,8 @@ def groups_of(source: Source) -> tuple[list[dict[str, Any]], list[str], nn.Modul
     if not groups or not isinstance(groups[0], dict):
         groups = [{"params": groups}]
     params = [p for g in groups for p in g["params"]]
-    names = {id(p): n for n, p in module.named_parameters()} if module is not None else {}
+    named = module if module is not None else model
+    names = {id(p): n for n, p in named.named_parameters()} if named is not None else {}
     if not any(isinstance(p, Tensor) and p.requires_grad for p in params):
         what = type(module).__name__ if module is not None else "the parameter list"
         raise UsageError(f"{what} has no trainable parameter ({len(params)} parameters): nothing to train")

@@ -198,7 +198,7 @@ class Sync(Wrapper):
         return averaged
 
     def _mean(self, loss: Any) -> Any:
-        if self.world.size == 1:
+        if self.world.size == 1 or loss is None:
             return loss
         total = np.array([loss.item() if isinstance(loss, Tensor) else float(loss)])
         self.collectives.allreduce(total)

@@ -51,15 +51,11 @@ class Wrapper(Mode):
             check_backend(collectives)
         self.inner = optimizer
         self._closed = False
-        _, names, _ = groups_of(optimizer.param_groups)
+        _, self.names, _ = groups_of(optimizer.param_groups, model)
         super().__init__(
             optimizer.param_groups, optimizer.defaults, world=world, model=model, on_nonfinite=on_nonfinite
         )
-        if model is not None:
-            by_id = {id(p): n for n, p in model.named_parameters()}
-            names = [by_id.get(id(p), n) for p, n in zip(self.params, names, strict=True)]
-        self.names = names
-        check_dtypes(self.params, names, [torch.float32, torch.float64], self.mode)
+        check_dtypes(self.params, self.names, [torch.float32, torch.float64], self.mode)
         self._share_inner()
         options = [{k: v for k, v in g.items() if k != "params"} for g in self.param_groups]
         agree(
