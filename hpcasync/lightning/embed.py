@@ -41,7 +41,7 @@ def extract(checkpoint: Mapping[str, Any], mode: Mode) -> tuple[str, ...]:
     found = mode.everyone.gather(KEY in checkpoint)
     if not all(found):
         raise UsageError(
-            f"the checkpoint holds no state of hpcasync: another strategy wrote it. Mode {mode.mode} can take its weights only: "
+            "the checkpoint holds no state of hpcasync: another strategy wrote it. This optimizer can take its weights only: "
             "Module.load_from_checkpoint(path), then fit without ckpt_path"
         )
     with tempfile.TemporaryDirectory(prefix="hpcasync-") as folder:

@@ -44,8 +44,8 @@ class HPCAsyncStrategy(ParallelStrategy):
     with a rule whose base step is the optimizer's (SGD, RMSprop, Adagrad, Adam, AdamW).
 
     Every rank gets its share of the data (``DistributedSampler``, put in by Lightning), all start from rank 0's model. The
-    ranks meet at every validation, checkpoint and logged mean: all have the same model then (``synchronize()``). In mode kstep
-    that ends a block of local steps early; in async it waits for the slowest rank.
+    ranks meet at every validation and checkpoint and at the end: all have the same model then (``synchronize()``). In mode
+    kstep that ends a block of local steps early; in async it waits for the slowest rank.
 
     Gradient clipping sees the mean in mode sync, else each rank's own gradient. Log validation metrics with
     ``sync_dist=True``; ``torchmetrics`` meet by themselves.
@@ -258,7 +258,7 @@ class HPCAsyncStrategy(ParallelStrategy):
         """
         mode = self._running
         assert self._configured is not None
-        if KEY not in checkpoint and isinstance(mode, Wrapper):
+        if KEY not in checkpoint and isinstance(mode, Wrapper) and mode.inner is self._configured:
             mode.inner.load_state_dict(checkpoint["optimizer_states"][0])
             mode._share_inner()
         else:

@@ -51,6 +51,7 @@ class Net(L.LightningModule):
     def validation_step(self, batch: Any, index: int) -> None:
         loss, scores = self.loss(batch)
         self.log("val_loss", loss, sync_dist=True)
+        self.log("own_loss", loss)
         self.accuracy(scores, batch[1].int())
         self.log("val_accuracy", self.accuracy)
 

@@ -53,7 +53,9 @@ for name, options, accumulate in (("sync", {}, 2), ("kstep", {"every": 3, "block
     plain = copy.deepcopy(module)
     strategy = ha.lightning.HPCAsyncStrategy(name, **options)
     fit = trainer(strategy, gradient_clip_val=0.3, accumulate_grad_batches=accumulate)
-    fit.fit(module, batches(), batches(False))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fit.fit(module, batches(), batches(False))
     with torch.no_grad():  # as the strategy does: all of rank 0's model, what is frozen too
         plain.frozen.copy_(world.gather(plain.frozen)[0])
     make = {"sync": ha.Sync, "kstep": ha.KStep}[name]
@@ -65,6 +67,7 @@ for name, options, accumulate in (("sync", {}, 2), ("kstep", {"every": 3, "block
         "lr": strategy.optimizer.param_groups[0]["lr"],
         "metrics": {k: v.item() for k, v in fit.callback_metrics.items()},
         "updates": strategy.optimizer.updates,
+        "alone": sorted({str(w.message).split("'")[1] for w in warned if "share of the validation data alone" in str(w.message)}),
     }
     # What the ranks say of their halves of the data is what one rank says of all of it.
     module.eval()
@@ -82,7 +85,12 @@ for name, options, accumulate in (("sync", {}, 2), ("kstep", {"every": 3, "block
             assert got["lr"] < 0.05
             assert got["metrics"]["val_loss"] == pytest.approx(got["whole"][0], rel=1e-5)
             assert got["metrics"]["val_accuracy"] == pytest.approx(got["whole"][1], abs=1e-6)
-    assert found[0] == found[1]
+    for name in ("sync", "kstep"):
+        zero, one = found[0][name], found[1][name]
+        assert isinstance(zero, dict) and isinstance(one, dict)
+        assert zero["alone"] == ["own_loss"] and one["alone"] == []  # said once, by rank 0
+        assert zero["metrics"].pop("own_loss") != one["metrics"].pop("own_loss")
+        assert zero["metrics"] == one["metrics"]
 
 
 @pytest.mark.slow

@@ -74,8 +74,9 @@ def test_checkpoints_of_other_strategies(tmp_path: Path) -> None:
     fit(alone, "auto", tmp_path, max_epochs=2, ckpt_path=path)
     assert same(on, alone)
 
-    with pytest.raises(UsageError, match=r"another strategy wrote it\. Mode async can take its weights only"):
-        fit(Net(), strategy("async"), tmp_path, max_epochs=2, ckpt_path=path)
+    for how in (strategy("async"), strategy("sync", rule="trend-smooth")):
+        with pytest.raises(UsageError, match=r"another strategy wrote it\. This optimizer can take its weights only"):
+            fit(Net(), how, tmp_path, max_epochs=2, ckpt_path=path)
 
     ours = tmp_path / "ours.ckpt"
     fit(on, strategy(), tmp_path).save_checkpoint(ours)
