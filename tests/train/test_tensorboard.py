@@ -35,7 +35,8 @@ def points(found: EventAccumulator, tag: str) -> list[tuple[int, float]]:
 def test_curves_of_every_mode(mpirun: MpiRun, mode: str) -> None:
     if mpirun.lane.name != "mpich" and mode != "async":
         pytest.skip("the second MPI library runs this with mode async only")
-    mpirun.cli(["train", "--tensorboard", "--mode", mode, "--epochs", "3", "--output", "run"], 2)
+    done = mpirun.cli(["train", "--tensorboard", "--live", "--mode", mode, "--epochs", "3", "--output", "run"], 2)
+    assert "epoch 3/3  loss" in done.stderr and "\x1b" not in done.stdout + done.stderr  # plain lines: no terminal here
     folder = mpirun.folder / "run"
     found = events(folder / "tensorboard")
     assert set(found.Tags()["scalars"]) >= RECENT | EVALUATED
@@ -68,6 +69,7 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(mpirun: MpiRun) -
     assert len(list((folder / "tensorboard").glob("events*"))) == 2
 
 
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # Open MPI passed it too: a few messages per second
 def test_scripts_and_several_hosts(two_hosts: HostsRun) -> None:
     done = two_hosts(
         """
@@ -107,13 +109,12 @@ def test_without_the_package_it_is_one_error(mpirun: MpiRun) -> None:
     )
     env = mpirun._environment(None)
     path = {"PYTHONPATH": f"{mpirun.folder}:{env['PYTHONPATH']}"}
-    for ranks in (None, 1, 3):
+    for ranks in (None, 3):
         done = mpirun.cli(["train", "--tensorboard", "--output", "run"], ranks, env=path, check=False)
         assert done.returncode == 2
         assert done.stderr.count("--tensorboard needs the package tensorboardX") == 1
         assert "pip install 'hpcasync[tensorboard]'" in done.stderr and "Traceback" not in done.stderr
         assert not (mpirun.folder / "run").exists()
-    mpirun.cli(["train", "--epochs", "1", "--output", "run"], None, env=path)  # nobody else needs it
 
 
 def test_a_full_disk_ends_the_event_files_not_the_run(tmp_path: Path) -> None:
