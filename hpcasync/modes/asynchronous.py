@@ -17,6 +17,7 @@ from hpcasync.errors import UsageError
 from hpcasync.modes.base import Closure, Mode, OnNonfinite
 from hpcasync.modes.finite import FiniteCheck
 from hpcasync.modes.flat import FlatParameters, Source, check_dtypes, flat_grad, groups_of
+from hpcasync.modes.inside import shrink_shares
 from hpcasync.modes.recorder import Event, Recorder
 from hpcasync.rules import Rule
 from hpcasync.rules.base import between
@@ -57,6 +58,8 @@ class Async(Mode):
     Attributes:
         recorder: told of every meeting of this rank with the store, None for nobody.
         shard_elements: what ``make_layout`` was given.
+        measure: with rule trend-smooth, whether to find out ``shrink_shares`` at the next push.
+        shrink_shares: per parameter, the part of the base's step that the rule took away when it was measured last.
 
     Raises:
         UsageError: no trainable parameter, a parameter that is not float32, options out of range, ranks that disagree.
@@ -93,6 +96,7 @@ class Async(Mode):
         self._bound = rule.default_staleness if staleness is None else int(staleness)
         self.discarded = 0
         self.recorder: Recorder | None = None
+        self.measure, self.shrink_shares = False, dict[str, float]()
         self._stall_seconds = stall_seconds
         agree(
             self.world,
@@ -265,10 +269,18 @@ class Async(Mode):
             self._timed(self._read, Event.DISCARD)
             return
         hypers = self._hypers()
+        if self.measure:
+            self.measure = False
+            self.shrink_shares = shrink_shares(self.store, self._worker, grads, hypers, self.store.layout, self._flat.names)
         if self.recorder is not None:
             self.recorder.pushing(grads, hypers, int(self.store.clocks[self.world.rank]))
         self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, hypers), Event.PUSH)
         self.updates += 1
+
+    @property
+    def out_of_turn(self) -> int:
+        """Gradients of this rank that came out of turn (gsgm): held until their turn, or discarded."""
+        return self._worker.held + self.discarded
 
     def _take_turn(self) -> bool:
         rule: Any = self.rule

@@ -48,6 +48,11 @@ class BlockOptions:
         """The options by name, for ranks to agree on."""
         return asdict(self)
 
+    @property
+    def moving(self) -> bool:
+        """Whether an average moves the model by a block momentum; otherwise the new model is the mean itself."""
+        return self.block_momentum != 0 or self.block_lr != 1
+
     def warm(self, steps: int) -> bool:
         """Whether step number ``steps`` is one of the first that average without block momentum."""
         return steps <= self.warm_start
@@ -70,7 +75,7 @@ class BlockOptions:
             count: models in the sum.
             plain: without block momentum and block learning rate.
         """
-        if plain or (self.block_momentum == 0 and self.block_lr == 1):
+        if plain or not self.moving:
             # The mean itself: anchor + (mean - anchor) would round.
             total /= count
             anchor[:] = total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ class Guided:
         replays: updates of this rank that were replays; around `Sync` those of other ranks' batches too.
         last_replayed: numbers of the steps, from 1, whose batches this rank has replayed last, in their order.
         replaying: number of the step whose batch is being replayed just now, 0 for none.
+        scored: told the final scores, ``psi``, of the remembered batches before the best are replayed.
 
     Raises:
         UsageError: another mode, rho below 2, or ranks that disagree on it.
@@ -66,6 +67,7 @@ class Guided:
         self.evaluations = self.gradients = self.replays = 0
         self.last_replayed: tuple[int, ...] = ()
         self.replaying = 0
+        self.scored: Callable[[Sequence[float]], None] = lambda scores: None
         self._loss = loss
         self._verification = verification
         self._steps = 0
@@ -119,6 +121,7 @@ class Guided:
         return loss.detach()
 
     def _replay(self, memory: BatchMemory[Any]) -> None:
+        self.scored(memory.scores)
         chosen = memory.take()
         for i in range(self._most(len(chosen), most_replays(memory.rho))):
             if i < len(chosen):

@@ -16,6 +16,7 @@ from hpcasync.modes.base import Closure, OnNonfinite
 from hpcasync.modes.block import BlockOptions, check_delay
 from hpcasync.modes.buffers import average_buffers, broadcast_buffers
 from hpcasync.modes.flat import Source
+from hpcasync.modes.inside import layer_norms
 from hpcasync.rules import Rule
 from hpcasync.store import aligned_zeros
 
@@ -228,6 +229,10 @@ class Hierarchical(Async):
             self._finish()
         self.everyone.collectives.barrier()
         self._barrier()
+
+    def momentum_norms(self) -> dict[str, float]:
+        """Euclidean norm of each parameter's block momentum, by name; nothing but on first ranks of groups."""
+        return {} if self._heads is None else layer_norms(self._velocity, self.store.layout, self._flat.names)
 
     def block_state(self) -> dict[str, np.ndarray]:
         """The model after the last average and the block's momentum, flat, the same in all groups; on first ranks only."""

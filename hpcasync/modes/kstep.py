@@ -15,6 +15,7 @@ from hpcasync.modes.base import Closure, OnNonfinite
 from hpcasync.modes.block import BlockOptions
 from hpcasync.modes.finite import FiniteCheck
 from hpcasync.modes.flat import FlatParameters
+from hpcasync.modes.inside import layer_norms
 from hpcasync.modes.presets import preset_options
 from hpcasync.modes.wrapper import Wrapper
 from hpcasync.store import make_layout
@@ -194,6 +195,13 @@ class KStep(Wrapper):
                 self.inner.state.clear()
             elif self.options.inner_state == "average":
                 self._average_inner_state()
+
+    def momentum_norms(self) -> dict[str, float]:
+        """Euclidean norm of each parameter's block momentum, by name."""
+        found: dict[str, float] = {}
+        for block in self._blocks:
+            found |= layer_norms(block.velocity, block.flat.layout, block.flat.names)
+        return found
 
     def synchronize(self) -> None:
         """Average what is left of a block, and the buffers, so that all ranks have the same model. Collective."""

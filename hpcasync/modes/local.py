@@ -10,7 +10,7 @@ import torch
 
 from hpcasync.errors import UsageError
 from hpcasync.modes.flat import Source, check_dtypes, flat_grad, groups_of
-from hpcasync.rules import ASGD, Plain, Rule
+from hpcasync.rules import ASGD, Plain, Rule, TrendSmooth
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -19,6 +19,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     Args:
         params: a module, parameters, or parameter groups, float32.
         rule: what a gradient does; it is bound to one worker.
+
+    Attributes:
+        measure, shrink_shares: as of ``Async``.
 
     Raises:
         UsageError: a rule with copies per worker, no trainable parameter, options out of range.
@@ -31,6 +34,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             rule.check_options(rule.group_options() | group)
         super().__init__(groups, rule.group_options())
         self.rule = rule
+        self.measure, self.shrink_shares = False, dict[str, float]()
+        self._names = {p: name for p, name in zip((p for g in groups for p in g["params"]), names, strict=True)}
         flat = [p for group in self.param_groups for p in group["params"]]
         check_dtypes(flat, names, [torch.float32], "of a rule")
 
@@ -41,15 +46,16 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        measure, self.measure = self.measure, False
         for group in self.param_groups:
             hyper = self.rule.hyper(group)
             for p in group["params"]:
                 grad = flat_grad(p, "a parameter")
                 if grad is not None:
-                    self._update(p, grad, hyper)
+                    self._update(p, grad, hyper, measure)
         return loss
 
-    def _update(self, p: torch.Tensor, grad: np.ndarray, hyper: np.ndarray) -> None:
+    def _update(self, p: torch.Tensor, grad: np.ndarray, hyper: np.ndarray, measure: bool) -> None:
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -59,6 +65,8 @@ class RuleOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         rows = state["rows"].numpy()
         rows[0] = p.detach().reshape(-1).cpu().numpy()
+        if measure and isinstance(self.rule, TrendSmooth) and grad.size:
+            self.shrink_shares[self._names[p]] = self.rule.shrink_share(rows, grad, hyper, state["step"], 0)
         self.rule.update(rows, 0, grad, rows[0], hyper, state["step"], 0)
         p.copy_(state["rows"][0].view(p.shape))
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hpcasync.errors import UsageError, unknown
-from hpcasync.kernels import HYPER, VARIANTS
-from hpcasync.rules.base import Rule, Vector, between, yes_or_no
+from hpcasync.kernels import HYPER, PLAN, VARIANTS, fused_update
+from hpcasync.rules.base import NO_VECTORS, Rule, Vector, between, yes_or_no
 
 _MODIFIER_VECTORS = {
     "opposed": (Vector("trend"),),
@@ -93,6 +93,30 @@ class TrendSmooth(Rule):
 
     def plan_options(self) -> dict[str, int]:
         return super().plan_options() | {"variant": VARIANTS[self.variant], "masked": int(self.masked)}
+
+    def shrink_share(self, state: np.ndarray, grad: np.ndarray, hyper: np.ndarray, count: int, tau: int) -> float:
+        """The part of the base's step, in L1 norm, that the rule would take away from ``grad``: 0 nothing, 1 all of it.
+
+        Args:
+            state: float32 (1 + vectors, m), not changed.
+            grad, hyper, count, tau: as for ``update``.
+
+        Returns:
+            1 - |c d| / |d|; NaN where the base makes no step.
+        """
+        decay, alone = HYPER["weight_decay"], hyper.copy()
+        if hyper[decay] and self.base != "adamw":
+            grad = grad + np.float32(hyper[decay]) * state[0]
+        alone[decay] = 0  # with w = 0 the new w is the step itself
+        plain = self.plan.copy()
+        plain[PLAN["variant"]] = VARIANTS["none"]
+        lengths = []
+        for plan in (plain, self.plan):
+            rows = state.copy()
+            rows[0] = 0
+            fused_update(rows, 0, grad, rows[0], NO_VECTORS, plan, alone, count, tau, 1)
+            lengths.append(float(np.abs(rows[0]).sum(dtype=np.float64)))
+        return 1 - lengths[1] / lengths[0] if lengths[0] else math.nan
 
     def reference_modifier(
         self, state: dict[str, np.ndarray], step: np.ndarray, group: Mapping[str, Any], tau: int

@@ -137,6 +137,7 @@ class Asynchronous(Simulation):
             self._drop(worker)
         else:
             worker.phase = Phase.HELD
+            worker.view.held += 1
             self._held.append(worker)
             heapq.heappush(self._events, (self.now + self._patience, _PATIENCE, worker.index, worker.life, False))
 
@@ -170,6 +171,8 @@ class Asynchronous(Simulation):
         hypers = self.hypers(worker.steps - replay)  # a replay belongs to the step before it
         done = self._serve(worker)
         if self.took(worker, gradient, replay=replay):
+            if not replay and self._last_before_evaluation(worker):
+                self.inside.last_push(store, worker, gradient.parts, hypers)
             store.push_pull(worker.view, gradient.parts, worker.out, hypers)
             worker.updates += 1
             if self._delay is not None:
@@ -431,6 +434,8 @@ class Asynchronous(Simulation):
     def _block(self, total: np.ndarray, count: int, plain: bool = False) -> None:
         """The block step from the sum of ``count`` models, in place."""
         self._options.apply(total, self._anchor, self._velocity, count, plain=plain)
+        if self._options.moving:
+            self.inside.velocity = self._velocity
 
     def _average(self, alive: list[Virtual], *, plain: bool) -> None:
         """Average the models of the groups that have workers, with block momentum; all read the result."""
@@ -458,6 +463,13 @@ class Asynchronous(Simulation):
             worker.since = 0
         for worker in alive:
             worker.communicate += seconds
+
+    def _last_before_evaluation(self, worker: Virtual) -> bool:
+        """Whether the push that the first worker is about to make is its last before an evaluation, or nearly so."""
+        every = self.config.eval_updates
+        if worker.index or every is None:
+            return worker.index == 0 and worker.step + 1 == len(worker.batches)
+        return every - self._pushes % every <= self.config.workers
 
     def _evaluate_between(self) -> None:
         """Evaluate where no meeting of the workers does it."""

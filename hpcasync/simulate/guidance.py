@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ class Guidance:
         evaluations: forward passes of all workers, for verification and scores.
         gradients: gradients of all workers for replays.
         replays: updates that were replays; in mode sync shared by all workers.
+        scored: told the final scores, ``psi``, of a worker's remembered batches before the best are replayed.
 
     Raises:
         UsageError: ``rho`` below 2, more verification samples than training data.
@@ -49,6 +50,7 @@ class Guidance:
     ) -> None:
         self.rho = config.rho
         self.evaluations = self.gradients = self.replays = 0
+        self.scored: Callable[[Sequence[float]], None] = lambda scores: None
         self._memories: list[BatchMemory[Indices]] = [BatchMemory(config.rho) for _ in range(config.workers)]
         self._model = copy.deepcopy(model).eval()
         self._params = list(zip(self._model.parameters(), layout.starts, layout.sizes, strict=True))
@@ -71,6 +73,8 @@ class Guidance:
         agreed = sum(verification for verification, _ in found) / len(found)
         for memory, (_, losses) in zip(memories, found, strict=True):
             memory.score(agreed, losses)
+            if memory.full:
+                self.scored(memory.scores)
         return [[batch for _, batch in memory.take()] if memory.full else [] for memory in memories]
 
     def forget(self, worker: int) -> None:

@@ -41,7 +41,7 @@ class Outcome:
     ranks: list[dict[str, Any]]
     folder: Path | None
     parameters: np.ndarray
-    curve: list[dict[str, float]]
+    curve: list[dict[str, Any]]
 
 
 def simulate(
@@ -115,7 +115,7 @@ class _Watch:
     ) -> None:
         self._simulation, self._dataset, self._world = simulation, dataset, world
         self._folder, self._progress = folder, progress
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
         self.parameters = np.empty(0, np.float32)
         simulation.evaluated = self._evaluate
         simulation.stepped = progress.step
@@ -126,7 +126,7 @@ class _Watch:
         with simulation.gradients.evaluation(self.parameters) as model:
             test_loss, accuracy = evaluate(model, self._dataset, self._world)
         loss, samples = simulation.loss
-        row = {
+        row: dict[str, Any] = {
             "epoch": epoch,
             "updates": float(simulation.updates),
             "seconds": seconds,
@@ -134,6 +134,9 @@ class _Watch:
             "test_loss": test_loss,
             "test_accuracy": accuracy,
         }
+        inside = simulation.inside.row(simulation.workers)
+        if inside:
+            row["inside"] = inside
         simulation.loss = [0.0, 0.0]
         self.rows.append(row)
         if self._folder is not None:

@@ -19,6 +19,7 @@ from hpcasync.simulate.cluster import StepTimes
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.gradients import Gradient, Gradients
 from hpcasync.simulate.guidance import Guidance
+from hpcasync.simulate.inside import Inside
 from hpcasync.simulate.worker import Phase, Virtual
 from hpcasync.store import LocalStore, aligned_zeros, make_layout
 from hpcasync.store.layout import SHARD_ELEMENTS
@@ -95,6 +96,9 @@ class Simulation:
         self.steps_per_epoch = len(self.workers[0].loader)
         given = (model, self.layout, self.copies, self.gradients.buffers)
         self.guidance = Guidance(config, dataset, *given) if config.guided else None
+        self.inside = Inside(self.rule, self.layout, names)
+        if self.guidance is not None:
+            self.guidance.scored = self.inside.scores.extend
         self.stores[0].rule.warm_up()
         self.now = 0.0
         self.loss = [0.0, 0.0]  # sum of losses times samples, samples; since the last evaluation

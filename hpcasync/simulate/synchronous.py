@@ -108,8 +108,11 @@ class Synchronous(Simulation):
                 total += g
             parts.append(None if total is None else np.divide(total, np.float32(len(alive)), out=total))
         first = self.workers[0]
+        hypers = self.hypers(alive[0].steps - replay)
+        if not replay and first.step + 1 == len(first.batches):
+            self.inside.last_push(self.stores[0], first, parts, hypers)
         # The same view each time, so that nothing is ever stale.
-        self.stores[0].push_pull(first.view, parts, first.out, self.hypers(alive[0].steps - replay))
+        self.stores[0].push_pull(first.view, parts, first.out, hypers)
         first.view.staleness.counts[:] = 0
         self.copies[:] = self.stores[0].state[0]
         for gradient in gradients:

@@ -38,6 +38,7 @@ class Worker:
         read: int64 (shards,), the version of each shard that this worker last read.
         pushed: bool (shards,), the shards that this worker has pushed.
         steps: calls of ``push_pull`` by this worker.
+        held: gradients that had to wait for this worker's turn.
         private: float32 (private vectors of the rule, elements), its own vectors.
         staleness: histogram over all pushes of shards.
         waited: seconds spent waiting for locks and for slower workers.
@@ -50,6 +51,7 @@ class Worker:
         self.steps = 0
         self.private = NO_VECTORS if private is None else private
         self.refused: float | None = None  # since when it has been waiting for its turn
+        self.held = 0
         self.staleness = Staleness()
         self.waited = 0.0
         self.observer: Observer | None = None
@@ -397,6 +399,7 @@ class Store:
             now = time.perf_counter()
             if worker.refused is None:
                 worker.refused = now
+                worker.held += hold
             if now - worker.refused > patience:
                 self.excuse(worker)
                 continue

@@ -29,6 +29,7 @@ from hpcasync.train.checkpoint_ranks import Reading, read_ranks
 from hpcasync.train.config import TrainConfig
 from hpcasync.train.evaluate import evaluate
 from hpcasync.train.event_file import check_tensorboard
+from hpcasync.train.inside import Inside
 from hpcasync.train.keeper import Keeper
 from hpcasync.train.monitor import Monitor
 from hpcasync.train.outcome import Outcome, guided_record, rank_record, result_of
@@ -214,8 +215,9 @@ class Run:
             self.guided = Guided(mode, self._loss, verification, rho=config.rho)
         self.epoch, self.step, self.steps, self.samples = 1, 0, 0, 0
         self.loss, self.seen = 0.0, 0  # of the present epoch: sum of the losses of its samples, and their number
-        self.row: dict[str, float] = {}
+        self.row: dict[str, Any] = {}
         self.log = StepLog(mode.share)
+        self.inside = Inside(mode, self.guided, world)
         self.record: Record | None = None
         self._recorded: dict[str, Any] | None = None  # of the checkpoint that the run goes on from
 
@@ -254,12 +256,16 @@ class Run:
             self.mode.synchronize()
             self.log.meeting()
             self.samples += self.seen
-            if self.epoch % self.config.eval_every == 0 or self.epoch == last:
+            if self._evaluates():
                 with self.span(Event.EVALUATE):
                     self._evaluate(self.epoch, np.array([self.loss, self.seen]))
             self.epoch, self.step, self.loss, self.seen = self.epoch + 1, 0, 0.0, 0
             keeper.after_epoch()
         return ""
+
+    def _evaluates(self) -> bool:
+        """Whether this epoch ends with an evaluation."""
+        return self.epoch % self.config.eval_every == 0 or self.epoch == self.config.epochs
 
     def _epoch(self, keeper: Keeper) -> bool:
         """What is left of an epoch; whether to stop."""
@@ -274,6 +280,8 @@ class Run:
         for x, y in self.batches:
             if record is not None:
                 record.step_begins(self.batches.taken)
+            if self.step + 1 == len(self.batches) and self._evaluates():
+                self.inside.last_step()
             batch = x.to(device), y.to(device)
             if self.guided is not None:
                 loss = self.guided.step(batch)
@@ -316,6 +324,9 @@ class Run:
             "test_loss": test_loss,
             "test_accuracy": accuracy,
         }
+        inside = self.inside.row()
+        if inside:
+            self.row["inside"] = inside
         if self.folder is not None:
             self.folder.add(self.row)
         self.progress.evaluated(self.row, totals[0] / seconds)

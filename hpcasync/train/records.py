@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hpcasync.data.atomic import replacing
 from hpcasync.errors import UsageError
 from hpcasync.train.checkpoint_folder import checkpoints
 from hpcasync.train.config import TrainConfig, write_config
+from hpcasync.train.inside import INSIDE
 from hpcasync.train.lock import RunLock
 from hpcasync.train.step_log import unfinished, write_steps
 
@@ -50,12 +52,12 @@ class RunFolder:
     def __init__(self, config: TrainConfig) -> None:
         self.path = _make_folder(config)
         self.lock = RunLock(self.path)
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
         self._config = config
         if config.resume is None:
             self.begin([])
 
-    def begin(self, rows: list[dict[str, float]]) -> None:
+    def begin(self, rows: list[dict[str, Any]]) -> None:
         """Write the configuration, and go on after ``rows``: later ones are of a run that was cut short."""
         self.rows = list(rows)
         write_config(self._config, self.path / "config.toml")
@@ -68,7 +70,7 @@ class RunFolder:
         """Let other runs in. Idempotent."""
         self.lock.release()
 
-    def add(self, row: dict[str, float]) -> None:
+    def add(self, row: dict[str, Any]) -> None:
         """Record one evaluation."""
         self.rows.append(row)
         try:
@@ -96,6 +98,9 @@ class RunFolder:
             file.attrs.update({"result": to_json(result), "environment": json.dumps(environment(world))})
             for name in CURVES:
                 file[f"curves/{name}"] = np.array([row[name] for row in self.rows], np.float64)
+            for name, (columns, values) in inside_tables(self.rows).items():
+                file[f"inside/{name}"] = values
+                file[f"inside/{name}"].attrs["columns"] = json.dumps(columns)
             for name in RANK_COLUMNS:
                 file[f"ranks/{name}"] = np.array([rank[name] for rank in ranks])
             if "discarded" in ranks[0]:
@@ -110,6 +115,18 @@ class RunFolder:
         with replacing(self.path / "result.json") as temporary:
             temporary.write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         self.close()
+
+
+def inside_tables(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], np.ndarray]]:
+    """What rows have under ``inside``, by the names of ``INSIDE``: the columns, and float64 (rows, columns), NaN for none."""
+    tables = {}
+    for name in INSIDE:
+        of_rows = [row.get("inside", {}).get(name, {}) for row in rows]
+        columns = list(dict.fromkeys(column for numbers in of_rows for column in numbers))
+        if columns:
+            values = [[numbers.get(column) for column in columns] for numbers in of_rows]
+            tables[name] = columns, np.array(values, np.float64)
+    return tables
 
 
 def read_ranks(folder: Path) -> list[dict[str, Any]]:
