@@ -53,7 +53,7 @@ def test_live(mpirun: MpiRun, tmp_path: Path) -> None:
         columns, values = table
         assert values.shape == (2, len(columns)) and np.isfinite(values).all()
         if name == "shrink_share":
-            assert columns == LAYERS and (0 < values).all() and (values < 1).all()
+            assert columns == LAYERS and (values > 0).all() and (values < 1).all()
         elif name == "block_momentum":
             assert columns == LAYERS and (values > 0).all()
         elif name == "scores":
