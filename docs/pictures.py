@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -10,8 +11,11 @@ from matplotlib.figure import Figure
 
 from hpcasync.data import open_dataset
 from hpcasync.models import build
+from hpcasync.report.page import write_report
+from hpcasync.report.run import read_run
 from hpcasync.simulate.asynchronous import Asynchronous
 from hpcasync.simulate.config import make_simulate_config
+from hpcasync.simulate.run import simulate
 
 OUT = Path(__file__).parent / "pictures"
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44")
@@ -53,11 +57,45 @@ def window(path: Path) -> None:
     figure.savefig(path)
 
 
+REPORTED = {
+    "trend-smooth": {"rule": "trend-smooth", "lr": 0.1},
+    "gsgm": {"rule": "gsgm"},
+    "guided": {"rule": "asgd", "guided": True},
+    "kstep": {"mode": "kstep", "every": 4, "block_momentum": 0.9},
+}
+"""Simulated runs whose reports are shown, by folder."""
+
+
+def report(folder: Path) -> None:
+    """Plots of a report of five epochs on digits, one worker of four half as fast; trend-smooth with three seeds."""
+    runs = []
+    for name, keys in REPORTED.items():
+        for seed in range(3 if name == "trend-smooth" else 1):
+            where = Path(folder, name + (f"-{seed}" if seed else ""))
+            common = {"workers": 4, "slow": ("3:2",), "compute": "lognormal:1.0,0.3", "epochs": 5, "eval_every": 1}
+            simulate(make_simulate_config(common | keys | {"seed": seed, "output": str(where)}, {}), shown=False)
+            runs.append(read_run(where))
+    shown = {
+        "test_accuracy": "seconds",
+        "ranks-trend-smooth": "",
+        "staleness-trend-smooth": "",
+        "shrink_share-trend-smooth": "",
+        "out_of_turn-gsgm": "",
+        "scores-guided": "",
+        "block_momentum-kstep": "",
+    }
+    for plot in write_report(runs, folder / "report.html"):
+        if plot.name in shown:
+            plot.panels[shown[plot.name]].savefig(OUT / f"report-{plot.name}.svg", facecolor="white")
+
+
 def main() -> None:
     """All pictures."""
     matplotlib.rcParams["svg.hashsalt"] = "hpcasync"
     OUT.mkdir(exist_ok=True)
     window(OUT / "window.svg")
+    with tempfile.TemporaryDirectory() as folder:
+        report(Path(folder))
 
 
 if __name__ == "__main__":

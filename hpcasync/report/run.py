@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 
 from hpcasync.errors import UsageError, damaged
+from hpcasync.report.from_record import ranks_of_records
+from hpcasync.train.checkpoint_folder import checkpoints
+from hpcasync.train.lock import holder_of
 from hpcasync.train.record_file import FOLDER, RankRecord, read_rank
-from hpcasync.train.records import CURVES
+from hpcasync.train.records import CURVES, inside_tables
 from hpcasync.train.step_log import unfinished
+
+Table = tuple[list[str], np.ndarray]
 
 
 @dataclass
@@ -26,7 +31,9 @@ class Run:
         result: what ``--json`` printed; empty while the run is not finished.
         environment: versions and machine.
         curves: by ``CURVES``, one entry per evaluation.
-        ranks: the columns of ``ranks/`` in ``run.h5``; empty while the run is not finished.
+        inside: by the names of ``hpcasync.train.inside.INSIDE``: columns, and float64 (evaluations, columns).
+        ranks: the columns of ``ranks/`` in ``run.h5``, one entry per rank; of a run that is not finished what the records
+            tell: ``rank``, ``compute``, ``communicate``, ``wait``, ``staleness``.
         records: of the ranks that have one.
         missing: sentences about what is not there.
     """
@@ -35,16 +42,28 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    curves: dict[str, np.ndarray] = field(default_factory=dict)
+    curves: dict[str, np.ndarray] = field(default_factory=lambda: {name: np.empty(0) for name in CURVES})
+    inside: dict[str, Table] = field(default_factory=dict)
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
     records: list[RankRecord] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.folder.resolve().name
+
+    @property
+    def simulated(self) -> bool:
+        """Whether its seconds are virtual ones."""
+        return "workers" in self.config
+
+    @property
     def recipe(self) -> str:
-        """The configuration but for seed and folder: runs that share it are one band."""
+        """The configuration and the ranks, but for seed and folder: runs that share it are one band."""
         same = {k: v for k, v in self.config.items() if k not in ("seed", "output", "resume")}
-        return json.dumps(same, sort_keys=True, default=str)
+        ranks = self.result["ranks"] if self.result else self.records[0].facts["ranks"] if self.records else None
+        return json.dumps([same, ranks], sort_keys=True, default=str) if same else str(self.folder)
 
 
 def read_run(folder: Path) -> Run:
@@ -58,19 +77,19 @@ def read_run(folder: Path) -> Run:
     if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "run.h5", FOLDER)):
         raise UsageError(f"{folder} holds no run (config.toml, metrics.jsonl, run.h5); give the --output of one")
     run = Run(folder)
+    for path in sorted((folder / FOLDER).glob("rank-*.h5")):
+        try:
+            run.records.append(read_rank(path, int(path.stem.removeprefix("rank-"))))
+        except (UsageError, ValueError) as error:
+            run.missing.append(f"a record is left out: {error}")
     if (folder / "run.h5").exists():
         _read_finished(run)
     else:
         _read_unfinished(run)
     if not len(run.curves["epoch"]):
         run.missing.append("no evaluation yet: no learning curves")
-    for path in sorted((folder / FOLDER).glob("rank-*.h5")):
-        try:
-            run.records.append(read_rank(path, int(path.stem.removeprefix("rank-"))))
-        except (UsageError, ValueError) as error:
-            run.missing.append(f"a record is left out: {error}")
     if not run.records:
-        run.missing.append("no record (train --record): no order of updates")
+        run.missing.append("no record: no order of updates" + ("" if run.simulated else " (train --record)"))
     return run
 
 
@@ -82,11 +101,19 @@ def _read_finished(run: Run) -> None:
         run.config, run.result = json.loads(file.attrs["config"]), json.loads(file.attrs["result"])
         run.environment = json.loads(file.attrs["environment"])
         run.curves = {name: file[f"curves/{name}"][:] for name in CURVES}
+        run.inside = {n: (json.loads(data.attrs["columns"]), data[:]) for n, data in file.get("inside", {}).items()}
         run.ranks = {name: values[:] for name, values in file["ranks"].items()}
+        run.ranks["rank"] = np.arange(len(run.ranks["seconds"]))
 
 
 def _read_unfinished(run: Run) -> None:
-    run.missing.append("no run.h5: the run is at work, or was cut short; no times and no staleness of its ranks")
+    holder = holder_of(run.folder)
+    if holder is not None:
+        run.missing.append(f"no run.h5: the run is at work, by its lock ({holder})")
+    else:
+        newest = next(reversed(checkpoints(run.folder)), None)
+        how = f"; train --resume auto --output {run.folder} goes on from {newest.name}" if newest else "; it left no checkpoint"
+        run.missing.append(f"no run.h5: the run was cut short{how}")
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -95,11 +122,20 @@ def _read_unfinished(run: Run) -> None:
     if config.exists():
         with damaged(f"{config}: can't be read as TOML", "remove the run"):
             run.config = tomllib.loads(config.read_text(encoding="utf-8"))
-    rows: list[dict[str, Any]] = []
+    else:
+        run.missing.append("no config.toml: no configuration")
     if metrics.exists():
         lines = metrics.read_bytes().split(b"\n")
         with damaged(f"{metrics}: can't be read as JSON lines", "remove the run"):
-            rows = [json.loads(line) for line in lines[:-1]]  # the last one may be half written
-            run.curves = {n: np.array([np.nan if r[n] is None else r[n] for r in rows], np.float64) for n in CURVES}
+            rows: list[dict[str, Any]] = [json.loads(line) for line in lines[:-1]]  # the last one may be half written
+            run.curves = {n: np.array([row[n] for row in rows], np.float64) for n in CURVES}
+            run.inside = inside_tables(rows)
+    if run.records:
+        run.ranks = ranks_of_records(run.records)
+        there = len(run.records), run.records[0].facts["ranks"]
+        run.missing.append(
+            f"times and staleness are from the record, so far ({there[0]} of {there[1]} ranks)"
+            + ("" if "staleness" in run.ranks else "; this mode records no staleness")
+        )
     else:
-        run.curves = {name: np.empty(0) for name in CURVES}
+        run.missing.append("no times and no staleness of its ranks")

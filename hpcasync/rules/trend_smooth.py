@@ -102,7 +102,7 @@ class TrendSmooth(Rule):
             grad, hyper, count, tau: as for ``update``.
 
         Returns:
-            1 - |c d| / |d|; NaN where the base makes no step.
+            ``1 - |c d| / |d|``; NaN where the base makes no step.
         """
         decay, alone = HYPER["weight_decay"], hyper.copy()
         if hyper[decay] and self.base != "adamw":

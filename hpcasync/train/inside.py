@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
+import numpy as np
+
 from hpcasync.comm import World
 from hpcasync.modes import Async, Guided, Hierarchical, KStep, Mode
 from hpcasync.modes.inside import spread
@@ -47,14 +49,27 @@ class Inside:
         if self._shrinks is not None and self._world.rank == 0:
             self._shrinks.measure = True
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has come up since the last evaluation, on this rank."""
+        return {"scores": np.array(self._scores), "out_of_turn": self._count() - self._out_of_turn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        self._scores.clear()
+        self._scores.extend(state["scores"].tolist())
+        self._out_of_turn = self._count() - state["out_of_turn"]
+
+    def _count(self) -> int:
+        return self._mode.out_of_turn if isinstance(self._mode, Async) else 0
+
     def row(self) -> Numbers:
         """What is known by the names of ``INSIDE``. Collective; the answer is rank 0's."""
         mode, gather, found = self._mode, self._world.gather, Numbers()
         if self._shrinks is not None:
             found["shrink_share"] = dict(self._shrinks.shrink_shares)
         if isinstance(mode, Async) and mode.rule.in_turn:
-            before, self._out_of_turn = self._out_of_turn, mode.out_of_turn
-            found["out_of_turn"] = {f"rank {i}": n for i, n in enumerate(gather(float(self._out_of_turn - before)))}
+            before, self._out_of_turn = self._out_of_turn, self._count()
+            found["out_of_turn"] = {f"rank {i}": float(n) for i, n in enumerate(gather(self._out_of_turn - before))}
         if self._guided:
             found["scores"] = spread(score for own in gather(list(self._scores)) for score in own)
             self._scores.clear()

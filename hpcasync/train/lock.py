@@ -107,6 +107,19 @@ class RunLock:
                     os.utime(self.path)
 
 
+def holder_of(folder: Path) -> str | None:
+    """Who is at work in the folder of a run, None for nobody; only looks."""
+    path = folder / "run.lock"
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return None
+    holder = _read(path)
+    if not holder or _dead(holder, age, _identity()):
+        return None
+    return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+
+
 def _identity() -> dict[str, Any]:
     pid = os.getpid()
     return {

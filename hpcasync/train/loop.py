@@ -340,6 +340,7 @@ class Run:
             "share": (share.seconds, share.communicate, share.wait),
             "own": own,
             "everyone": self.world.gather(own),
+            "inside": self.inside.state_dict(),
             "record": None if self.record is None else self.record.state_dict(),
         }
 
@@ -350,6 +351,8 @@ class Run:
         self.mode.share.load(*state["share"])
         self.mode.staleness.counts = state["own"]["counts"].copy()
         self.samples = state["own"]["samples"]
+        if "inside" in state:  # a checkpoint of an earlier version has none
+            self.inside.load_state_dict(state["inside"])
         self._everyone = state["everyone"]
         self._recorded = state.get("record")
 
@@ -363,6 +366,7 @@ class Run:
         # In mode async the ranks may have been in different places: all begin the epoch that rank 0 was in.
         self.epoch = self.world.gather(self.epoch)[0]
         self.step, self.loss, self.seen = 0, 0.0, 0
+        self.inside = Inside(self.mode, self.guided, self.world)
         self.steps = (self.epoch - 1) * len(self.batches)
         first, everyone = self.world.rank == 0, self._everyone
         self.samples = sum(own["samples"] for own in everyone) if first else 0
