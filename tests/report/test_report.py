@@ -76,10 +76,14 @@ def test_run_cut_short_says_what_is_missing(
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # the record's own tests run on both
-def test_ranks_of_a_run_cut_short_are_from_its_record(mpirun: MpiRun, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_live_run_finished_and_cut_short(mpirun: MpiRun, runs: dict[str, Path], tmp_path: Path) -> None:
+    run, page = tmp_path / "run", tmp_path / "page.html"
     words = ["--data", "digits", "--rule", "gsgm", "--epochs", "2", "--record", "--checkpoint-every", "0"]
     mpirun.cli(["train", *words, "--output", run], n=2)
+    assert main(["report", str(run), "-o", str(page)]) == 0
+    assert ">seconds</text>" in (text := page.read_text()) and "virtual" not in text
+    assert main(["report", str(run), str(runs["seed0"]), "-o", str(page)]) == 0
+    assert "seconds, real or virtual" in page.read_text()
     whole = read_run(run)
     for name in ("run.h5", "result.json"):
         (run / name).unlink()
@@ -104,16 +108,6 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, message in (("none", "no such folder"), ("empty", "holds no run"), ("damaged", "not a finished run")):
         assert main(["report", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_simulated_and_live_seconds_are_told_apart(runs: dict[str, Path], tmp_path: Path) -> None:
-    live = tmp_path / "live"
-    assert main(["train", "--data", "digits", "--epochs", "1", "--mode", "sync", "--output", str(live)]) == 0
-    page = tmp_path / "page.html"
-    assert main(["report", str(live), str(runs["seed0"]), "-o", str(page)]) == 0
-    assert "seconds, real or virtual" in page.read_text()
-    assert main(["report", str(live), "-o", str(page)]) == 0
-    assert ">seconds</text>" in (text := page.read_text()) and "virtual" not in text
 
 
 @pytest.mark.parametrize("card", ["#f5f6f8", "#1d2126"])
