@@ -76,18 +76,19 @@ def read_run(folder: Path) -> Run:
         raise UsageError(f"{folder}: no such folder; expected that of a run")
     if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "run.h5", FOLDER)):
         raise UsageError(f"{folder} holds no run (config.toml, metrics.jsonl, run.h5); give the --output of one")
-    run = Run(folder)
+    run, left_out = Run(folder), []
     for path in sorted((folder / FOLDER).glob("rank-*.h5")):
         try:
             run.records.append(read_rank(path, int(path.stem.removeprefix("rank-"))))
         except (UsageError, ValueError) as error:
-            run.missing.append(f"a record is left out: {error}")
+            left_out.append(f"a record is left out: {error}")
     if (folder / "run.h5").exists():
         _read_finished(run)
     else:
         _read_unfinished(run)
     if not len(run.curves["epoch"]):
         run.missing.append("no evaluation yet: no learning curves")
+    run.missing += left_out
     if not run.records:
         run.missing.append("no record: no order of updates" + ("" if run.simulated else " (train --record)"))
     return run
