@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hpcasync.cli import main
 from tests.report.runs import simulate
 
 
@@ -21,3 +22,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "blocks": ["--mode", "kstep", "--every", "4", "--block-momentum", "0.9"],
     }
     return {name: simulate(folder / name, *words) for name, words in kinds.items()}
+
+
+@pytest.fixture(scope="session")
+def page(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page about all of them."""
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    assert main(["report", *map(str, runs.values()), "-o", str(path)]) == 0
+    return path

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from hpcasync.cli import main
 from tests.report.browser import PROGRAM, Page, browser
 
 # Of every piece of text: its words, its contrast to what lies behind it (WCAG 2.1), its size in CSS pixels, its right end.
@@ -31,13 +30,6 @@ TEXTS = """(() => {
   }
   return found;
 })()"""
-
-
-@pytest.fixture(scope="module")
-def page(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("page") / "page.html"
-    assert main(["report", *map(str, runs.values()), "-o", str(path)]) == 0
-    return path
 
 
 @pytest.fixture(scope="module")
