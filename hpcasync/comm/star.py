@@ -1,0 +1,198 @@
+"""A communicator of one node's ranks that outlives ranks: messages over Unix sockets through rank 0, which knows who has died.
+
+MPI's collectives hang when a member dies in one. Here rank 0 takes part in every operation and alone decides how it ended, so
+that all living ranks come to the same: either each has the result, or each gets `RankDied` and calls `shrink`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import socket
+import struct
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_HEAD = struct.Struct("<qq")  # generation, bytes of the pickle
+
+
+class RankDied(Exception):
+    """Members died; all living ones get this in the same operation, and go on after `Star.shrink`."""
+
+    def __init__(self, dead: Sequence[int]) -> None:
+        super().__init__(f"rank {', '.join(map(str, dead))} died")
+        self.dead = tuple(dead)
+
+
+class Star:
+    """The ranks of an mpi4py communicator, on one node. Constructor collective.
+
+    The methods are those of mpi4py that training uses, over the living, numbered in their old order.
+
+    Args:
+        comm: all ranks, alive, on one node.
+        died: called on rank 0, in a thread, with a rank that has just died (its number in ``comm``).
+
+    Attributes:
+        members: numbers in ``comm`` of those that take part.
+        deaths: on rank 0, when each dead rank died (``time.time``).
+    """
+
+    def __init__(self, comm: Any, died: Callable[[int], None] | None = None) -> None:
+        self._me = comm.rank
+        self.members = list(range(comm.size))
+        self.deaths: dict[int, float] = {}
+        self._generation = 0
+        self._died = died
+        self._links: dict[int, socket.socket] = {}
+        address = comm.bcast(str(Path(tempfile.gettempdir()) / f"hpcasync-{uuid.uuid4().hex}"))
+        if self._me == 0:
+            server = socket.socket(socket.AF_UNIX)
+            server.bind(address)
+            server.listen(comm.size)
+            comm.Barrier()
+            for _ in range(1, comm.size):
+                link, _ = server.accept()
+                self._links[struct.unpack("<q", _exactly(link, 8))[0]] = link
+            server.close()
+            os.unlink(address)
+        else:
+            comm.Barrier()
+            link = socket.socket(socket.AF_UNIX)
+            link.connect(address)
+            link.sendall(struct.pack("<q", self._me))
+            self._links[0] = link
+        pids = comm.allgather(os.getpid())
+        if self._me == 0 and comm.size > 1:
+            # A process id may be used again, its descriptor not; and a forked child keeps a socket open, but no process.
+            watched = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if rank}
+            threading.Thread(target=self._watch, args=(watched,), name="deaths", daemon=True).start()
+
+    @property
+    def rank(self) -> int:
+        """This rank among the living."""
+        return self.members.index(self._me)
+
+    @property
+    def size(self) -> int:
+        """Living members."""
+        return len(self.members)
+
+    def allgather(self, value: Any) -> list[Any]:
+        return list(self._meet(value, lambda values: [values] * len(values)))
+
+    def gather(self, value: Any, root: int = 0) -> list[Any] | None:
+        return self._meet(value, lambda values: [values if r == root else None for r in range(len(values))])
+
+    def scatter(self, values: Sequence[Any] | None, root: int = 0) -> Any:
+        return self._meet(values if self.rank == root else None, lambda found: found[root])
+
+    def bcast(self, value: Any, root: int = 0) -> Any:
+        return self._meet(value if self.rank == root else None, lambda found: [found[root]] * len(found))
+
+    def Barrier(self) -> None:
+        self._meet(None, lambda found: found)
+
+    def sum(self, values: np.ndarray) -> None:
+        """Replace an array by its sum over the members, added in their order."""
+        values[...] = self._meet(values, lambda found: [np.sum(found, axis=0, dtype=values.dtype)] * len(found))
+
+    def shrink(self) -> list[int]:
+        """Go on without the dead, after `RankDied`; returns who has died since the last time. Collective over the living."""
+        before = self.members
+        while True:
+            self._generation += 1
+            try:
+                self.members = self._meet(None, lambda found: [list(self.members)] * len(found), shrinking=True)
+                return [r for r in before if r not in self.members]
+            except RankDied:
+                continue
+
+    # Both halves of an operation.
+
+    def _meet(self, value: Any, answer: Callable[[list[Any]], list[Any]], *, shrinking: bool = False) -> Any:
+        if self._me:
+            link = self._links[0]
+            self._send(link, value)
+            fine, result = self._receive(link)
+            if not fine:
+                raise RankDied(result)
+            return result
+        if shrinking:
+            self.members = [r for r in self.members if r not in self.deaths]
+        found = {0: value}
+        for rank in self.members[1:]:
+            try:
+                found[rank] = self._from(rank)
+            except OSError:
+                self._lost(rank)
+        dead = [r for r in self.members if r in self.deaths]
+        answers = answer([found[r] for r in self.members]) if not dead else [tuple(dead)] * len(self.members)
+        for rank, own in list(zip(self.members, answers, strict=True))[1:]:
+            try:
+                if rank not in self.deaths:
+                    self._send(self._links[rank], (not dead, own))
+            except OSError:  # it is found missing in the next operation
+                self._lost(rank)
+        if dead:
+            raise RankDied(dead)
+        return answers[0]
+
+    def _from(self, rank: int) -> Any:
+        """The next message of this generation; older ones were of an operation that somebody's death ended."""
+        link = self._links[rank]
+        poll = select.poll()
+        poll.register(link, select.POLLIN)
+        while not poll.poll(100):
+            if rank in self.deaths:
+                raise ConnectionResetError
+        return self._receive(link)
+
+    def _send(self, link: socket.socket, value: Any) -> None:
+        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+        link.sendall(_HEAD.pack(self._generation, len(data)))
+        link.sendall(data)
+
+    def _receive(self, link: socket.socket) -> Any:
+        while True:
+            generation, size = _HEAD.unpack(_exactly(link, _HEAD.size))
+            data = _exactly(link, size)
+            if generation >= self._generation:
+                return pickle.loads(data)  # of our own ranks, over a socket that only they have
+
+    # Deaths.
+
+    def _watch(self, watched: dict[int, int]) -> None:
+        poll = select.poll()
+        for descriptor in watched:
+            poll.register(descriptor, select.POLLIN)
+        while watched:
+            for descriptor, _ in poll.poll():
+                poll.unregister(descriptor)
+                os.close(descriptor)
+                self._lost(watched.pop(descriptor))
+
+    def _lost(self, rank: int) -> None:
+        if rank not in self.deaths:
+            self.deaths[rank] = time.time()
+            if self._died is not None:
+                self._died(rank)
+
+
+def _exactly(link: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        count = link.recv_into(view)
+        if not count:
+            raise ConnectionResetError("the other end has died")
+        view = view[count:]
+    return data
