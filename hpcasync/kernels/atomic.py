@@ -83,6 +83,12 @@ def take(words: np.ndarray, index: int, owner: int) -> bool:
 
 
 @njit(cache=True)
+def exchange(words: np.ndarray, index: int, expected: int, new: int) -> bool:
+    """Store ``new`` if the word is ``expected``; whether it was."""
+    return _exchange(words.ctypes.data + 8 * index, expected, new) == expected
+
+
+@njit(cache=True)
 def put(words: np.ndarray, index: int, value: int) -> None:
     """Store a word after everything that was written before."""
     _store(words.ctypes.data + 8 * index, value)

@@ -11,8 +11,9 @@ import numpy as np
 from hpcasync.comm.agree import raise_together
 from hpcasync.comm.world import World
 from hpcasync.errors import UsageError
+from hpcasync.kernels.atomic import exchange, put, take
 from hpcasync.rules import Rule
-from hpcasync.store.base import NOTES, Store
+from hpcasync.store.base import IDLE, NOTES, Store
 from hpcasync.store.layout import Layout
 
 LINE = 8
@@ -26,7 +27,7 @@ class WindowStore(Store):
     """Shared state in windows of one node (``Win.Allocate_shared``). Constructor and ``close`` are collective.
 
     The first rank of the node holds the memory, all others map it. One ``Lock_all`` epoch lasts for the life of the
-    window; a shard's lock is a word that holds its owner's rank + 1, taken by ``Compare_and_swap``. ``MPI_Win_lock`` is
+    window; a shard's lock is a word that holds its owner's rank + 1, taken by compare-and-swap. ``MPI_Win_lock`` is
     never used: it would wait until the holder of the memory enters MPI.
 
     Args:
@@ -64,10 +65,8 @@ class WindowStore(Store):
             window.Lock_all(MPI.MODE_NOCHECK)
         if holds:
             words[:] = 0
-        self._int64 = MPI.INT64_T
-        self._replace = MPI.REPLACE
-        self._mine = np.array([world.local_rank + 1], np.int64)
-        self._free = np.zeros(1, np.int64)
+        self._words = words.reshape(-1)
+        self._mine = world.local_rank + 1
         super().__init__(
             layout,
             rule,
@@ -100,20 +99,20 @@ class WindowStore(Store):
         self._control.Sync()
 
     def try_lock(self, shard: int, worker: int) -> bool:
-        found = np.empty(1, np.int64)  # not shared: several threads may lock at a time
-        mine, free, word = (self._mine, self._int64), (self._free, self._int64), LINE * shard + LOCK
-        self._control.Compare_and_swap(mine, free, (found, self._int64), 0, word)
-        self._control.Flush(0)
-        if found[0] != 0:
-            return False
-        self._data.Sync()
-        return True
+        # The processor's own compare-and-swap: MPI's goes through a mutex of the window, which nobody opens after a death.
+        return bool(take(self._words, LINE * shard + LOCK, self._mine))
 
     def unlock(self, shard: int, worker: int) -> None:
-        self._data.Sync()
-        target = (LINE * shard + LOCK, 1, self._int64)
-        self._control.Accumulate((self._free, self._int64), 0, target, op=self._replace)
-        self._control.Flush(0)
+        put(self._words, LINE * shard + LOCK, 0)
+
+    def bury(self, worker: int) -> list[int]:
+        """Let the others go on without a worker whose process has ended: nobody waits for it, its locks are open.
+
+        Returns:
+            The shards that it held: their last update may have been applied in part, and is not counted.
+        """
+        self.set_clock(worker, IDLE)
+        return [k for k in range(len(self.layout.shards)) if exchange(self._words, LINE * k + LOCK, worker + 1, 0)]
 
     def close(self) -> None:
         if not self._open:
@@ -122,6 +121,7 @@ class WindowStore(Store):
         super().close()
         self.barrier()
         empty = np.empty(0, np.int64)
+        self._words = empty
         self.state = np.empty((1 + len(self.rule.vectors), 0), np.float32)
         self.versions = self.writers = self.clocks = self.excused = self.notes = empty
         for window in (self._data, self._control):
