@@ -19,6 +19,7 @@ def add(commands: Any) -> None:
     parser.add_argument("-n", type=int, required=True, metavar="RANKS", help="number of ranks")
     parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="when the job dies, start it again with "
                         "--resume auto, at most N times (default: 0)")  # fmt: skip
+    parser.add_argument("--survive", action="store_true", help="mode async: when a rank dies, all but rank 0, the others go on")
     parser.add_argument("program", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="such as: -- train --epochs 5")
     parser.set_defaults(run=run)
 
@@ -38,10 +39,12 @@ def run(args: argparse.Namespace) -> int:
     given = {word.partition("=")[0] for word in words}
     if args.max_restarts and (words[0] != "train" or "--output" not in given):
         raise UsageError("--max-restarts goes on from checkpoints: it needs `train` with --output DIR")
+    if args.survive and words[0] != "train":
+        raise UsageError(f"--survive is for `train`, whose ranks know how to go on; found {words[0]!r}")
     library = find_library()
-    job = Job(library, args.n, _program(words))
+    job = Job(library, args.n, _program(words), args.survive)
     resumed = words if "--resume" in given else [*words, "--resume", "auto"]
-    return run_with_restarts(job, Job(library, args.n, _program(resumed)), args.max_restarts)
+    return run_with_restarts(job, Job(library, args.n, _program(resumed), args.survive), args.max_restarts)
 
 
 def _program(words: list[str]) -> list[str]:

@@ -60,6 +60,11 @@ def install(comm: Any) -> None:
     atexit.register(meet_or_abort)
 
 
+def exit_code() -> int:
+    """What this process is leaving with."""
+    return _exit_code
+
+
 def leaving_in_error() -> bool:
     """Whether this process is on its way out with an error: no collective may be begun then."""
     return _exit_code != 0

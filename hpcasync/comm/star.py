@@ -21,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
-_HEAD = struct.Struct("<qq")  # generation, bytes of the pickle
+_HEAD = struct.Struct("<qq?")  # generation, bytes, whether they are a pickle
+_POLL = 100
+"""Milliseconds between two looks at who has died, and at what is to be done while waiting."""
 
 
 class RankDied(Exception):
@@ -39,19 +41,20 @@ class Star:
 
     Args:
         comm: all ranks, alive, on one node.
-        died: called on rank 0, in a thread, with a rank that has just died (its number in ``comm``).
+        died: called on rank 0, perhaps in a thread, with a rank that has just died (its number in ``comm``) and the time.
 
     Attributes:
         members: numbers in ``comm`` of those that take part.
         deaths: on rank 0, when each dead rank died (``time.time``).
     """
 
-    def __init__(self, comm: Any, died: Callable[[int], None] | None = None) -> None:
+    def __init__(self, comm: Any, died: Callable[[int, float], None] | None = None) -> None:
         self._me = comm.rank
         self.members = list(range(comm.size))
         self.deaths: dict[int, float] = {}
         self._generation = 0
         self._died = died
+        self._burying = threading.Lock()
         self._links: dict[int, socket.socket] = {}
         address = comm.bcast(str(Path(tempfile.gettempdir()) / f"hpcasync-{uuid.uuid4().hex}"))
         if self._me == 0:
@@ -101,6 +104,32 @@ class Star:
     def Barrier(self) -> None:
         self._meet(None, lambda found: found)
 
+    def meet(self, value: Any, meanwhile: Callable[[], None]) -> list[Any]:
+        """``allgather``, for members that come late: ``meanwhile`` is called several times a second."""
+        return list(self._meet(value, lambda values: [values] * len(values), meanwhile=meanwhile))
+
+    def Send(self, values: np.ndarray, dest: int = 0) -> None:
+        """Send an array to rank 0."""
+        assert dest == 0 and self._me
+        link, data = self._links[0], values.reshape(-1).view(np.uint8).data
+        link.sendall(_HEAD.pack(self._generation, data.nbytes, False))
+        link.sendall(data)
+
+    def Recv(self, values: np.ndarray, source: int) -> None:
+        """Receive what a rank has sent to rank 0.
+
+        Raises:
+            RankDied: to this rank only: the next operation tells the others.
+        """
+        rank = self.members[source]
+        try:
+            self._await(rank)
+            data = self._receive(self._links[rank], pickled=False)
+        except OSError:
+            self._lost(rank)
+            raise RankDied([rank]) from None
+        values.reshape(-1).view(np.uint8)[:] = data
+
     def sum(self, values: np.ndarray) -> None:
         """Replace an array by its sum over the members, added in their order."""
         values[...] = self._meet(values, lambda found: [np.sum(found, axis=0, dtype=values.dtype)] * len(found))
@@ -118,10 +147,18 @@ class Star:
 
     # Both halves of an operation.
 
-    def _meet(self, value: Any, answer: Callable[[list[Any]], list[Any]], *, shrinking: bool = False) -> Any:
+    def _meet(
+        self,
+        value: Any,
+        answer: Callable[[list[Any]], list[Any]],
+        *,
+        shrinking: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Any:
         if self._me:
             link = self._links[0]
             self._send(link, value)
+            self._await(0, meanwhile)
             fine, result = self._receive(link)
             if not fine:
                 raise RankDied(result)
@@ -131,7 +168,8 @@ class Star:
         found = {0: value}
         for rank in self.members[1:]:
             try:
-                found[rank] = self._from(rank)
+                self._await(rank, meanwhile)
+                found[rank] = self._receive(self._links[rank])
             except OSError:
                 self._lost(rank)
         dead = [r for r in self.members if r in self.deaths]
@@ -146,27 +184,29 @@ class Star:
             raise RankDied(dead)
         return answers[0]
 
-    def _from(self, rank: int) -> Any:
-        """The next message of this generation; older ones were of an operation that somebody's death ended."""
-        link = self._links[rank]
+    def _await(self, rank: int, meanwhile: Callable[[], None] | None = None) -> None:
+        """Return when something has come from a rank, or its end."""
         poll = select.poll()
-        poll.register(link, select.POLLIN)
-        while not poll.poll(100):
+        poll.register(self._links[rank], select.POLLIN)
+        while not poll.poll(_POLL):
             if rank in self.deaths:
                 raise ConnectionResetError
-        return self._receive(link)
+            if meanwhile is not None:
+                meanwhile()
 
     def _send(self, link: socket.socket, value: Any) -> None:
         data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        link.sendall(_HEAD.pack(self._generation, len(data)))
+        link.sendall(_HEAD.pack(self._generation, len(data), True))
         link.sendall(data)
 
-    def _receive(self, link: socket.socket) -> Any:
+    def _receive(self, link: socket.socket, pickled: bool = True) -> Any:
+        """The next message of this kind and generation; others were of an operation that somebody's death ended."""
         while True:
-            generation, size = _HEAD.unpack(_exactly(link, _HEAD.size))
+            generation, size, is_pickle = _HEAD.unpack(_exactly(link, _HEAD.size))
             data = _exactly(link, size)
-            if generation >= self._generation:
-                return pickle.loads(data)  # of our own ranks, over a socket that only they have
+            if generation >= self._generation and is_pickle == pickled:
+                # Of our own ranks, over a socket that only they have.
+                return pickle.loads(data) if pickled else data
 
     # Deaths.
 
@@ -181,10 +221,12 @@ class Star:
                 self._lost(watched.pop(descriptor))
 
     def _lost(self, rank: int) -> None:
-        if rank not in self.deaths:
-            self.deaths[rank] = time.time()
-            if self._died is not None:
-                self._died(rank)
+        with self._burying:
+            if rank not in self.deaths:
+                now = time.time()
+                if self._died is not None:
+                    self._died(rank, now)
+                self.deaths[rank] = now
 
 
 def _exactly(link: socket.socket, size: int) -> bytearray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,17 +92,43 @@ class Loader:
 
     def _own_part(self) -> Indices | None:
         """This rank's part, None for equal shares drawn anew every epoch."""
+        given = self.partition
+        if isinstance(given, str) and given.strip().lower() == "iid":
+            return None
+        return self._parts()[self.rank]
+
+    def _parts(self) -> Sequence[Indices]:
+        """The part of every rank."""
         given, size = self.partition, self.size
         if isinstance(given, str):
-            if given.strip().lower() == "iid":
-                return None
             args: dict[str, Any] = {"split": self.samples.split, "batch": self.batch}
-            return make_partition(given, self.dataset, size, self.seed, **args)[self.rank]
+            return make_partition(given, self.dataset, size, self.seed, **args)
         if len(given) != size:
             raise UsageError(f"partition has {len(given)} parts, expected one for each of {size} ranks")
         parts = [np.asarray(p, np.int64).reshape(-1) for p in given]
         check_parts("partition", parts, len(self.samples), self.batch)
-        return parts[self.rank]
+        return parts
+
+    def among(self, living: Sequence[int]) -> Loader:
+        """The loader of the same rank after others have died, from the same epoch on.
+
+        Without a partition the samples are dealt to the living; with one each keeps its part, and takes an equal share of
+        the parts of the dead.
+
+        Args:
+            living: ranks that are left of this loader's, in the order of their new numbers.
+        """
+        partition = self.partition
+        if self._part is not None:
+            parts = self._parts()
+            gone = [parts[rank] for rank in range(self.size) if rank not in living]
+            shares = np.array_split(np.concatenate(gone), len(living))
+            partition = [np.concatenate([parts[rank], share]) for rank, share in zip(living, shares, strict=True)]
+        place: Any = SimpleNamespace(rank=list(living).index(self.rank), size=len(living))
+        given: dict[str, Any] = {"batch": self.batch, "split": self.samples.split, "seed": self.seed, "shuffle": self.shuffle}
+        left = Loader(self.dataset, place, partition=partition, **given)
+        left.epoch = self.epoch
+        return left
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from hpcasync.errors import UsageError
 from hpcasync.launch.library import Library
 from hpcasync.launch.processes import SHARED, TOKEN, Ledger, end, processes, ranks, segments, send
+from hpcasync.train.launched import FOLDER, SURVIVE, TRAINING
 
 LOOK_SECONDS = 0.2
 PER_RANK = 6 << 20
@@ -41,10 +43,11 @@ class Job:
         library: that starts it.
         count: ranks.
         program: one rank's command.
+        survive: ranks may die, all but rank 0.
     """
 
-    def __init__(self, library: Library, count: int, program: list[str]) -> None:
-        self._library, self._count, self._program = library, count, program
+    def __init__(self, library: Library, count: int, program: list[str], survive: bool = False) -> None:
+        self._library, self._count, self._program, self._survive = library, count, program, survive
         self._token, self._received = "", 0
 
     @property
@@ -59,32 +62,40 @@ class Job:
         check_shared_memory(self._count)
         self._token = uuid.uuid4().hex
         before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        env = self._library.environment(self._count) | {TOKEN: self._token}
-        process = subprocess.Popen(self._library.command(self._count, self._program), env=env)
-        try:
-            return self._watch(process, ledger)
-        finally:
-            end(self._token)
-            process.wait()
-            ledger.clear()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with tempfile.TemporaryDirectory(prefix="hpcasync-launch-") as folder:
+            env = self._library.environment(self._count) | {TOKEN: self._token, FOLDER: folder}
+            env |= {SURVIVE: "1"} if self._survive else {}
+            process = subprocess.Popen(self._library.command(self._count, self._program, self._survive), env=env)
+            try:
+                return self._watch(process, Path(folder), ledger)
+            finally:
+                end(self._token)
+                process.wait()
+                ledger.clear()
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
-    def _watch(self, process: subprocess.Popen[bytes], ledger: Ledger) -> int:
+    def _watch(self, process: subprocess.Popen[bytes], folder: Path, ledger: Ledger) -> int:
         looked = 0.0
         while process.poll() is None:
             time.sleep(LOOK_SECONDS)
             if time.monotonic() - looked > 5 * LOOK_SECONDS:
                 looked = time.monotonic()
                 ledger.note(segments(processes(self._token)))
+            died = _ended(folder) if self._survive else {}
+            lost = [r for r, code in died.items() if code and (r == 0 or not (folder / TRAINING).exists())]
+            if lost:  # the host of the window, or too early for the others to do without
+                return died[lost[0]]
         code = process.returncode
+        if self._survive and code in (0, 141, -signal.SIGPIPE):  # the wrappers' codes say nothing; mpiexec may end of SIGPIPE
+            return _ended(folder).get(0, 1)
         return 128 - code if code < 0 else code
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        send(ranks(self._token), number)
+        send(ranks(self._token), signal.SIGTERM if self._survive else number)
 
 
 def run_with_restarts(job: Job, again: Job, restarts: int) -> int:
@@ -101,3 +112,8 @@ def run_with_restarts(job: Job, again: Job, restarts: int) -> int:
         job = again
         code = job.run()
     return code
+
+
+def _ended(folder: Path) -> dict[int, int]:
+    """Exit codes of the ranks that have ended, as their wrappers wrote them."""
+    return {int(p.name[5:]): int(p.read_text().split()[0]) for p in folder.glob("rank-*") if p.name[5:].isdigit()}

@@ -19,6 +19,15 @@ ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 OUTER = ("OMPI_COMM", "PMI_", "PMIX_", "PRTE_")
 """Variables of a job that this one is started from."""
 
+WRAPPER = """trap '' USR1
+"$@"
+code=$?
+page="$HPCASYNC_LAUNCH_FOLDER/rank-${PMI_RANK:-$OMPI_COMM_WORLD_RANK}"
+echo "$code" >"$page.tmp"
+mv "$page.tmp" "$page"
+exit 0"""
+"""Around each rank of a job that is to outlive ranks: Hydra's proxy kills the others when a child of its own is killed."""
+
 
 @dataclass(frozen=True)
 class Library:
@@ -27,12 +36,14 @@ class Library:
     name: str
     mpiexec: str
 
-    def command(self, ranks: int, program: list[str]) -> list[str]:
-        """What starts ``program`` on so many ranks of this machine."""
+    def command(self, ranks: int, program: list[str], survive: bool) -> list[str]:
+        """What starts ``program`` on so many ranks of this machine; with ``survive`` the end of one does not end the others."""
+        if survive:
+            program = ["sh", "-c", WRAPPER, "hpcasync-rank", *program]
         if self.name == "openmpi":
             crowded = ["--oversubscribe"] if ranks > (os.cpu_count() or 1) else []
-            return [self.mpiexec, *crowded, "--bind-to", "none", "-n", str(ranks), *program]
-        return [self.mpiexec, "-n", str(ranks), *program]
+            return [self.mpiexec, *crowded, *["--with-ft", "ulfm"] * survive, "--bind-to", "none", "-n", str(ranks), *program]
+        return [self.mpiexec, *["-disable-auto-cleanup"] * survive, "-n", str(ranks), *program]
 
     def environment(self, ranks: int, env: Mapping[str, str] = os.environ) -> dict[str, str]:
         """The environment of the job; what the user has set stays."""

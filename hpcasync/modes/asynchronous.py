@@ -186,17 +186,19 @@ class Async(Mode):
         self._check_open()
         self.share.start()
         began, waited = time.perf_counter(), self.share.wait
-        rank = self.world.rank
-        mine = int(self.store.clocks[rank])
+        rank = self._worker.index
+        mine = most = int(self.store.clocks[rank])
         self.store.set_clock(rank, IDLE)
-        with self.share.phase("wait"):
-            self._barrier()
-        most = max(self.world.gather(mine))
-        self._timed(lambda: self.store.pull(self._worker, self._out))
-        self._to_device()
-        self._synchronize_buffers()
-        self._barrier()  # nobody pushes before all have read
-        self.store.set_clock(rank, most)
+        try:
+            with self.share.phase("wait"):
+                self._barrier()
+            most = max(self.world.gather(mine))
+            self._timed(lambda: self.store.pull(self._worker, self._out))
+            self._to_device()
+            self._synchronize_buffers()
+            self._barrier()  # nobody pushes before all have read
+        finally:
+            self.store.set_clock(rank, most)
         self.store.set_excused(rank, 0)
         self._barrier()
         self.share.stop()
@@ -273,7 +275,7 @@ class Async(Mode):
             self.measure = False
             self.shrink_shares = shrink_shares(self.store, self._worker, grads, hypers, self.store.layout, self._flat.names)
         if self.recorder is not None:
-            self.recorder.pushing(grads, hypers, int(self.store.clocks[self.world.rank]))
+            self.recorder.pushing(grads, hypers, int(self.store.clocks[self._worker.index]))
         self._timed(lambda: self.store.push_pull(self._worker, grads, self._out, hypers), Event.PUSH)
         self.updates += 1
 
@@ -314,7 +316,7 @@ class Async(Mode):
         if self._one:
             return IDLE
         self.store.look()
-        return int(np.delete(self.store.clocks, self.world.rank).min())
+        return int(np.delete(self.store.clocks, self._worker.index).min())
 
     def _wait_for_slower(self, seen: int) -> None:
         """Keep the bound: wait for slower ranks, and read again unless the push has read enough of them.
@@ -323,7 +325,7 @@ class Async(Mode):
         wait, but the read is too old.
         """
         assert self._bound is not None
-        too_old = int(self.store.clocks[self.world.rank]) - seen > self._bound
+        too_old = int(self.store.clocks[self._worker.index]) - seen > self._bound
         if self.store.gate(self._worker, self._bound, self._stalled, self._stall_seconds) or too_old:
             self._read()
 

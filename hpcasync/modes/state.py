@@ -63,7 +63,7 @@ def idle(mode: Mode) -> Iterator[int]:
     if not isinstance(mode, Async):
         yield 0
         return
-    rank = mode.world.rank
+    rank = mode._worker.index
     clock = int(mode.store.clocks[rank])
     mode.store.set_clock(rank, IDLE)
     try:
@@ -125,7 +125,7 @@ def rank_state(mode: Mode, clock: int) -> dict[str, Any]:
         "pushed": worker.pushed,
         "pushes": worker.steps,
         "clock": clock,
-        "excused": int(mode.store.excused[mode.world.rank]),
+        "excused": int(mode.store.excused[mode._worker.index]),
         "counts": {n: getattr(mode, n) for n in ("steps", "updates", "skipped", "discarded")},
         "groups": [{k: v for k, v in g.items() if k != "params"} for g in mode.param_groups],
     }
@@ -216,8 +216,8 @@ def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str,
         worker.pushed[:] = own["pushed"] if alike else own["pushed"].all()
     if same:
         worker.steps = own["pushes"]
-        store.set_clock(rank, own["clock"])
-        store.set_excused(rank, own["excused"])
+        store.set_clock(worker.index, own["clock"])
+        store.set_excused(worker.index, own["excused"])
     store.barrier()
     if not (same and rule.own_copy and alike):
         store.pull(worker, mode._out)

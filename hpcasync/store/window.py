@@ -49,7 +49,7 @@ class WindowStore(Store):
                 "Start all ranks on one node, or use the modes sync or kstep, which span nodes."
             )
         self._world = world
-        self._open = True
+        self._open, self._outlives = True, False
         rule = rule.bind(world.size)
         shards, rows = len(layout.shards), 1 + len(rule.vectors)
         need = 4 * rows * layout.total + 8 * LINE * (shards + world.size)
@@ -114,17 +114,22 @@ class WindowStore(Store):
         self.set_clock(worker, IDLE)
         return [k for k in range(len(self.layout.shards)) if exchange(self._words, LINE * k + LOCK, worker + 1, 0)]
 
+    def regroup(self, world: World) -> None:
+        """Go on among these ranks, of which some may die: the window is left to the process's end, freeing is collective."""
+        self._world, self._outlives = world, True
+
     def close(self) -> None:
         if not self._open:
             return
         self._open = False
         super().close()
-        self.barrier()
+        if not self._outlives:
+            self.barrier()
         empty = np.empty(0, np.int64)
         self._words = empty
         self.state = np.empty((1 + len(self.rule.vectors), 0), np.float32)
         self.versions = self.writers = self.clocks = self.excused = self.notes = empty
-        for window in (self._data, self._control):
+        for window in (self._data, self._control) if not self._outlives else ():
             window.Unlock_all()
             window.Free()
 

@@ -12,6 +12,7 @@ from hpcasync.backoff import Backoff
 from hpcasync.comm import World
 from hpcasync.modes import Async, Hierarchical, KStep, Mode
 from hpcasync.train import signals
+from hpcasync.train.survive import Survival
 
 LOOK_SECONDS = 0.25
 """How often ranks in step ask each other."""
@@ -31,7 +32,11 @@ class Agreement:
 
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
-        self.world: World = mode.everyone
+
+    @property
+    def world(self) -> World:
+        """The ranks, of which some may have died since."""
+        return self.mode.everyone
 
     def wanted(self, due: bool) -> bool:
         """After a step: whether all ranks come to a decision here.
@@ -138,8 +143,7 @@ class Free(Agreement):
         due = due and self.world.rank == 0
         found = self._comm.allgather((bool(signals.received()), due, end))
         self._meeting += 1
-        stop, save, all_end = any(s for s, _, _ in found), any(d for _, d, _ in found), all(e for _, _, e in found)
-        return Decision(stop, stop or save, all_end)
+        return _decision(found)
 
     def close(self) -> None:
         self._comm.Barrier()  # what was said has arrived
@@ -172,11 +176,44 @@ class Free(Agreement):
         return self._heard[tag] >= self._meeting
 
 
-def make_agreement(mode: Mode) -> Agreement:
+class Outliving(Agreement):
+    """For ranks that go each at its own pace and may die: a word of shared memory calls them together."""
+
+    def __init__(self, mode: Mode, survival: Survival) -> None:
+        super().__init__(mode)
+        self._survival = survival
+        self._meeting = 0  # number of the next meeting
+
+    def wanted(self, due: bool) -> bool:
+        if signals.received() or (due and self.world.rank == 0):
+            self._survival.call(self._meeting)
+        return self._survival.called(self._meeting)
+
+    def decide(self, due: bool, end: bool = False) -> Decision:
+        own = bool(signals.received()), due and self.world.rank == 0, end
+        with self.mode.share.phase("wait"):
+            found = self._survival.star.meet(own, self._while_waiting)
+        self._meeting += 1
+        return _decision(found)
+
+    def _while_waiting(self) -> None:
+        if signals.received():
+            self._survival.call(self._meeting)
+
+
+def make_agreement(mode: Mode, survival: Survival | None = None) -> Agreement:
     """The one that fits the mode. Collective."""
+    if survival is not None:
+        return Outliving(mode, survival)
     if mode.everyone.size == 1:
         return Agreement(mode)
     return Free(mode) if goes_free(mode) else InStep(mode)
+
+
+def _decision(found: list[tuple[bool, bool, bool]]) -> Decision:
+    """What follows from who was asked to stop, for whom it is time to save, and who is at the end of its epoch."""
+    stop, save, end = any(s for s, _, _ in found), any(d for _, d, _ in found), all(e for _, _, e in found)
+    return Decision(stop, stop or save, end)
 
 
 def goes_free(mode: Mode) -> bool:

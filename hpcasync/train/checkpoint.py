@@ -102,7 +102,7 @@ class Restored:
 def restore(source: Reading, mode: Mode, parts: Mapping[str, Stateful]) -> Restored:
     """Restore from an open checkpoint. Collective. See ``load_checkpoint``."""
     check_model(source, mode)
-    same = source.ranks == mode.everyone.size
+    same = source.same(mode.everyone.size)
     shared, own = source.shared(), source.own()
     missing = sorted(parts.keys() - own["parts"].keys())
     if missing:

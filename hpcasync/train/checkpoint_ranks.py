@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from hpcasync.comm import World
+from hpcasync.comm.star import RankDied
 from hpcasync.errors import UsageError
 from hpcasync.train.checkpoint_file import reading, writing
 from hpcasync.train.checkpoint_tree import Arrays, pack, unpack
@@ -71,7 +72,7 @@ def write_ranks(path: Path, world: World, facts: dict[str, Any], shared: Any, ow
                     _store_text(file, "facts", facts | {"ranks": world.size})
                     for rank, (_, theirs, _) in enumerate(listed):
                         _store_text(file, f"ranks/{rank}/state", theirs)
-        except UsageError as error:
+        except (UsageError, RankDied) as error:  # of a death the others hear in what comes next
             problem = str(error)
         except Exception as error:
             failure = error
@@ -96,6 +97,10 @@ class Reading:
         self.path, self.facts = path, facts
         self.ranks = int(facts["ranks"])
         self._world, self._file = world, file
+
+    def same(self, ranks: int) -> bool:
+        """Whether so many ranks can go on as those that made it: each with its own state, inside the epoch. Not collective."""
+        return self.ranks == ranks and not self.facts.get("dead")
 
     def shared(self) -> Any:
         """The shared tree on rank 0, None on the others. Not collective."""

@@ -37,7 +37,7 @@ class Keeper:
     def __init__(self, run: Run, folder: RunFolder | None) -> None:
         self._run, self._folder = run, folder
         self._every, self._keep = run.config.checkpoint_every, run.config.keep
-        self._agreement = make_agreement(run.mode)
+        self._agreement = make_agreement(run.mode, run.survival)
         self._warned = False
         self.resumed_from, self.restarts, self.newest = "", 0, ""
         self.reset: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Keeper:
         """Save if epochs are what is saved after, or if the run is over. Collective."""
         over = self._run.epoch > self._run.config.epochs
         if self._every is None or (over and self._every > 0):
-            self._save(must=False)
+            self._run.together(lambda: self._save(must=False))
 
     def close(self) -> None:
         """Leave the other ranks. Collective."""
@@ -79,7 +79,7 @@ class Keeper:
         found = restore(source, run.mode, self._parts())
         self.resumed_from, self.reset = str(source.path), found.reset
         self.restarts = int(source.facts["restarts"]) + 1
-        if source.ranks != run.world.size:
+        if not source.same(run.world.size):
             self.reset = (*run.on_other_ranks(), *self.reset)
         if run.world.rank == 0:
             text = f"resumed from {source.path}: epoch {run.epoch}, step {run.step}"
@@ -90,6 +90,9 @@ class Keeper:
             print(f"hpcasync: {text}", file=sys.stderr, flush=True)
 
     def _meet(self, due: bool, end: bool = False) -> Decision:
+        return self._run.together(lambda: self._meet_once(due, end))
+
+    def _meet_once(self, due: bool, end: bool) -> Decision:
         with idle(self._run.mode):
             with self._run.span(Event.MEET):
                 decision = self._agreement.decide(due, end)
@@ -145,6 +148,7 @@ class Keeper:
             "position": {"epoch": run.epoch, "step": run.step, "steps": run.steps},
             "rows": self._folder.rows if self._folder is not None else [],
             "restarts": self.restarts,
+            "dead": len(run.deaths),
             "environment": environment(run.world),
             "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }

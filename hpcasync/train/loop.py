@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from hpcasync.modes.local import bind_alone, torch_optimizer
 from hpcasync.modes.recorder import Event
 from hpcasync.rules import make_rule
 from hpcasync.stats import Staleness
-from hpcasync.train import signals
+from hpcasync.train import launched, signals
 from hpcasync.train.checkpoint_ranks import Reading, read_ranks
 from hpcasync.train.config import TrainConfig
 from hpcasync.train.evaluate import evaluate
@@ -39,6 +40,9 @@ from hpcasync.train.records import RunFolder
 from hpcasync.train.resume import check_run, find
 from hpcasync.train.slow import Slowdown, parse_slow
 from hpcasync.train.step_log import StepLog
+from hpcasync.train.survive import Survival
+
+T = TypeVar("T")
 
 _PLACE = ("epoch", "step", "steps", "loss", "seen", "row")
 
@@ -85,10 +89,13 @@ def _train(
     np.random.seed(seed % 2**32)
     random.seed(seed)
     mode = make_mode(config, model, world)
+    survival = Survival(mode, world) if launched.survives() and world.size > 1 else None
+    if survival is not None:
+        world = survival.world
     path = Path(world.gather(str(folder.path) if folder is not None else "")[0])
     monitor = make_monitor(config, mode, path, len(batches))
     with Progress(config.epochs, len(batches), shown=world.rank == 0, monitor=monitor) as progress:
-        run = Run(config, world, dataset, batches, model, mode, progress, folder, verification)
+        run = Run(config, world, dataset, batches, model, mode, progress, folder, verification, survival)
         keeper = Keeper(run, folder)
         if source is not None:
             try:
@@ -108,6 +115,8 @@ def _train(
                 raise
         if slow[world.rank] > 1:
             Slowdown(mode, slow[world.rank])
+        if survival is not None and world.rank == 0:
+            launched.now_training()
         stopped = run.epochs(keeper)
     if stopped:
         keeper.close()
@@ -118,21 +127,29 @@ def _train(
         return Outcome({"stopped": stopped, **about}, [], path, stopped)
     keeper.close()
     record = rank_record(mode, run.samples) | run.log.record()  # closing waits for the ranks that still evaluate
-    mode.close()
-    ranks = world.gather(record)
+    ranks = run.together(lambda: _close(mode, record))
+    world = run.world
     rule = make_rule(config.rule, config.options)
     result = result_of(config, rule, ranks, run.row, seconds=max(r["seconds"] for r in ranks), nodes=world.nodes)
     result |= {"resumed_from": keeper.resumed_from or None, "restarts": keeper.restarts}
+    if survival is not None:
+        result["deaths"] = run.deaths
     if keeper.reset:
         result["reset"] = list(keeper.reset)
     if config.slow:
         result["artificially_slow"] = {str(rank): factor for rank, factor in enumerate(slow) if factor > 1}
-    if run.guided is not None:
-        result["guided"] = guided_record(run.guided, world)
+    guided = run.guided
+    if guided is not None:
+        result["guided"] = run.together(lambda: guided_record(guided, run.world))
     if run.record is not None:
         result |= run.record.close(model)
-    _together(world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None)
+    run.together(lambda: _together(run.world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None))
     return Outcome(result, ranks, path)
+
+
+def _close(mode: Mode, record: dict[str, Any]) -> list[dict[str, Any]]:
+    mode.close()
+    return mode.everyone.gather(record)
 
 
 def make_mode(config: TrainConfig, model: nn.Module, world: World) -> Mode:
@@ -204,9 +221,11 @@ class Run:
         progress: Progress,
         folder: RunFolder | None,
         verification: tuple[torch.Tensor, torch.Tensor] | None,
+        survival: Survival | None = None,
     ) -> None:
-        self.config, self.world, self.dataset, self.batches = config, world, dataset, batches
+        self.config, self.dataset, self.batches, self.survival = config, dataset, batches, survival
         self.model, self.mode, self.progress, self.folder = model, mode, progress, folder
+        self._first_batches = batches
         steps = config.epochs * len(batches)
         self.schedule = CosineAnnealingLR(mode, steps) if config.schedule == "cosine" else None
         self.guided = None
@@ -220,6 +239,20 @@ class Run:
         self.inside = Inside(mode, self.guided, world)
         self.record: Record | None = None
         self._recorded: dict[str, Any] | None = None  # of the checkpoint that the run goes on from
+
+    @property
+    def world(self) -> World:
+        """The ranks; with `Survival` the living ones."""
+        return self.mode.everyone
+
+    @property
+    def deaths(self) -> list[dict[str, Any]]:
+        """Of the ranks that have died; empty without `Survival`."""
+        return [] if self.survival is None else self.survival.deaths
+
+    def together(self, meeting: Callable[[], T]) -> T:
+        """Hold a meeting, with `Survival` again from its start when a rank dies in it. Collective."""
+        return meeting() if self.survival is None else self.survival.together(meeting)
 
     def begin_record(self, folder: Path, keeper: Keeper) -> None:
         """Record from here on, after what was recorded before the checkpoint. Collective.
@@ -252,13 +285,13 @@ class Run:
             stop = self._epoch(keeper)
             self.progress.meets()
             if stop or keeper.end_of_epoch():
-                return next(filter(None, self.world.gather(signals.received())))
-            self.mode.synchronize()
+                return next(filter(None, self.together(lambda: self.world.gather(signals.received()))))
+            self.together(self.mode.synchronize)
             self.log.meeting()
             self.samples += self.seen
             if self._evaluates():
                 with self.span(Event.EVALUATE):
-                    self._evaluate(self.epoch, np.array([self.loss, self.seen]))
+                    self.together(lambda: self._evaluate(self.epoch, np.array([self.loss, self.seen])))
             self.epoch, self.step, self.loss, self.seen = self.epoch + 1, 0, 0.0, 0
             keeper.after_epoch()
         return ""
@@ -272,6 +305,8 @@ class Run:
         device, record = self.world.device, self.record
         if self.step == len(self.batches):  # resumed at its end
             return False
+        if self.survival is not None and self.step == 0:
+            self._take_over(self.survival)
         self.batches.set_epoch(self.epoch - 1)
         self.mode.share.start()
         self.log.begin()
@@ -299,6 +334,8 @@ class Run:
             self.steps += 1
             self.progress.step(self.epoch, self.step, value, len(y))
             self.log.step()
+            if self.survival is not None:
+                self.survival.note(self.epoch, self.step, self.samples + self.seen, self.mode.updates)
             if record is not None:
                 record.step_ends(value)
             if keeper.after_step():
@@ -314,6 +351,7 @@ class Run:
         world.collectives.allreduce(loss)
         totals = np.array([self.samples, self.mode.updates], np.float64)
         world.collectives.allreduce(totals)
+        totals += [sum(dead[name] for dead in self.deaths) for name in ("samples", "updates")]
         seconds = max(world.gather(self.mode.share.seconds))
         updates = float(self.mode.updates) if self.mode.mode == "sync" else totals[1]
         self.row = {
@@ -377,11 +415,25 @@ class Run:
         for own in everyone if first else ():
             total = total.merge(Staleness(own["counts"]))
         self.mode.staleness.counts = total.counts
-        if self.schedule is not None:  # at the same part of the run; the number of steps is another
-            self.schedule.last_epoch = self.steps
-            for group, lr in zip(self.mode.param_groups, self.schedule._get_closed_form_lr(), strict=True):
-                group["lr"] = lr
+        self._place_schedule()
         return tuple(reset)
+
+    def _take_over(self, survival: Survival) -> None:
+        """At the begin of an epoch: deal the data anew if ranks have died since it was dealt."""
+        if self.batches.size == self.world.size:
+            return
+        self.batches = survival.deal(self._first_batches)
+        self.steps = (self.epoch - 1) * len(self.batches)
+        self.progress.dealt(len(self.batches), self.steps)
+        self._place_schedule()
+
+    def _place_schedule(self) -> None:
+        """Put the schedule to the same part of the run, when the number of steps is another."""
+        if self.schedule is None:
+            return
+        self.schedule.T_max, self.schedule.last_epoch = self.config.epochs * len(self.batches), self.steps
+        for group, lr in zip(self.mode.param_groups, self.schedule._get_closed_form_lr(), strict=True):
+            group["lr"] = lr
 
 
 def prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Module]:

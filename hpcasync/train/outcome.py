@@ -37,6 +37,7 @@ def rank_record(mode: Mode, samples: int) -> dict[str, Any]:
     """Where this rank's time went, and how stale its pushes were."""
     share = mode.share
     return {
+        "rank": mode._worker.index if isinstance(mode, Async) and mode.everyone is mode.world else mode.everyone.rank,
         "seconds": share.seconds,
         "compute": share.compute,
         "communicate": share.communicate,

@@ -63,6 +63,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=steps)
 
+    def dealt(self, steps: int, done: int) -> None:
+        """Tell that an epoch has another number of steps from now on, of which so many are done."""
+        self._steps = steps
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._epochs * steps, completed=done)
+
     def step(self, epoch: int, step: int, loss: float, samples: int = 0) -> None:
         """Tell of step ``step`` (from 1) of epoch ``epoch`` (from 1), on ``samples``, for a monitor."""
         if self._monitor is not None:

@@ -9,6 +9,8 @@ import signal
 import threading
 from types import FrameType
 
+from hpcasync.train import launched
+
 STOPPING = (signal.SIGUSR1, signal.SIGTERM)
 
 EXIT_CODE = 75
@@ -24,7 +26,9 @@ def install() -> None:
     if threading.current_thread() is threading.main_thread():
         _installed = True
         for number in STOPPING:
-            signal.signal(number, _note)
+            # MPICH's launcher tells of a rank's death by SIGUSR1; `launch --survive` passes its own signals on as SIGTERM.
+            told = number == signal.SIGUSR1 and launched.survives()
+            signal.signal(number, signal.SIG_IGN if told else _note)
 
 
 def installed() -> bool:

@@ -50,5 +50,5 @@ def ranks_table(ranks: Sequence[dict[str, Any]], title: str = "Ranks") -> Table:
         stale = Staleness(rank["staleness"]).summary()
         shares = [f"{100 * rank['share'][k]:.1f} %" for k in ("compute", "communicate", "wait")]
         cells = (f"{rank['samples']:,}", f"{stale['p50']:.0f}", f"{stale['p95']:.0f}", *shares, str(rank["skipped"]))
-        table.add_row(str(number), *cells)
+        table.add_row(str(rank.get("rank", number)), *cells)
     return table

@@ -1,0 +1,150 @@
+"""Mode async outlives its ranks: what a dead one held is given free, and the others go on without it.
+
+Between two meetings nobody needs another rank, so only meetings have to be begun again: the end of an epoch, a checkpoint,
+the end of the run. They go over a `Star`, not over MPI, whose collectives never end when a member has died.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from hpcasync.comm import World, failure
+from hpcasync.comm.collectives.over_star import OverStar
+from hpcasync.comm.shared_memory import shared_rows
+from hpcasync.comm.star import RankDied, Star
+from hpcasync.data import Loader
+from hpcasync.errors import UsageError
+from hpcasync.modes import Async, Mode
+from hpcasync.modes.state import idle
+from hpcasync.store import WindowStore
+from hpcasync.train import launched, signals
+
+T = TypeVar("T")
+
+EPOCH, STEP, SAMPLES, UPDATES, CALL = range(5)
+"""Words of a rank's row of the board; ``CALL``, in the first row, is of all: the meeting that they are called to."""
+
+
+class Survival:
+    """The ranks of a run in mode async on one node, of which all but rank 0 may die. Constructor collective.
+
+    Args:
+        mode: that trains; its world and its store are this one's from here on.
+        world: its ranks.
+
+    Attributes:
+        world: the living, numbered anew after each death.
+        deaths: of those that died, in their order: ``rank`` (its first number), ``time`` (seconds since 1970), ``epoch``,
+            ``step``, ``samples`` and ``updates`` (what it had done), and ``shards`` whose lock it held: a last update of
+            theirs may have been applied in part. On every rank, as of the last meeting.
+
+    Raises:
+        UsageError: another mode, several nodes.
+    """
+
+    def __init__(self, mode: Mode, world: World) -> None:
+        if not isinstance(mode, Async) or mode.mode != "async" or world.nodes > 1:
+            raise UsageError(
+                f"launch --survive: mode {mode.mode} on {world.nodes} node(s); only mode async on one node outlives its ranks. "
+                "With the others use launch --max-restarts: the run goes on from its last checkpoint"
+            )
+        assert isinstance(mode.store, WindowStore)
+        self._mode, self._store, self._first = mode, mode.store, world
+        self._board = shared_rows(world, 8 * (CALL + 1))[:, : 8 * (CALL + 1)].view(np.int64)
+        self._own = self._board[world.rank]
+        self.deaths: list[dict[str, Any]] = []
+        self._buried: dict[int, dict[str, Any]] = {}  # on rank 0, as they happen
+        self.star = Star(world.comm, self._bury)
+        self.world = world
+        self._renumber()
+        atexit.register(_leave)
+
+    # While the ranks train.
+
+    def note(self, epoch: int, step: int, samples: int, updates: int) -> None:
+        """How far this rank has come, for when it is dead."""
+        self._own[:CALL] = epoch, step, samples, updates
+
+    def _bury(self, rank: int, when: float) -> None:
+        """On rank 0, at once, perhaps in a thread: nobody may wait for the dead rank's lock, clock or turn."""
+        shards = self._store.bury(rank)
+        epoch, step, samples, updates = self._board[rank, :CALL].tolist()
+        done = {"epoch": epoch, "step": step, "samples": samples, "updates": updates, "shards": shards}
+        self._buried[rank] = {"rank": rank, "time": when} | done
+        at = time.strftime("%H:%M:%S", time.localtime(when))
+        torn = f"; it held the lock of shard {', '.join(map(str, shards))}, whose last update may be applied in part" if shards else ""
+        print(
+            f"hpcasync: rank {rank} died at {at} in epoch {epoch}, step {step}{torn}. The run goes on without it; "
+            "the others take over its share of the data in the next epoch",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    # Meetings.
+
+    def together(self, meeting: Callable[[], T]) -> T:
+        """Hold a meeting of the living, again from its start when somebody dies in it. Collective.
+
+        Args:
+            meeting: operations over the mode's world; may be called several times.
+        """
+        while True:
+            try:
+                return meeting()
+            except RankDied:
+                with idle(self._mode):  # those that still work must not wait for this rank's clock
+                    self._regroup()
+            except ConnectionError:
+                print("hpcasync: rank 0, which holds the shared window, died; the job ends", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def call(self, meeting: int) -> None:
+        """Ask everybody to come to this meeting after their present step."""
+        self._board[0, CALL] = meeting + 1
+
+    def called(self, meeting: int) -> bool:
+        """Whether somebody has asked for it."""
+        return bool(self._board[0, CALL] > meeting)
+
+    def _regroup(self) -> None:
+        star = self.star
+        while True:
+            star.shrink()
+            try:
+                self.deaths = star.bcast([d for rank, d in self._buried.items() if rank not in star.members])
+            except RankDied:
+                continue
+            break
+        self._renumber()
+
+    def _renumber(self) -> None:
+        star = self.star
+        here: dict[str, Any] = {"rank": star.rank, "local_rank": star.rank, "size": star.size, "local_size": star.size}
+        self.world = replace(self._first, **here, comm=star, node_comm=star, leaders=None, collectives=OverStar(star))
+        self._mode.world = self._mode.everyone = self.world
+        self._store.regroup(self.world)
+
+    def deal(self, batches: Loader) -> Loader:
+        """The share of this rank: of all samples, or its own part and as much of the parts of the dead as each other takes.
+
+        Args:
+            batches: as they were dealt to all ranks at the start.
+        """
+        return batches.among(self.star.members)
+
+
+def _leave() -> None:
+    """At the process's end: MPI's own good-bye would wait for the dead. An error still ends the job as ever."""
+    code = failure.exit_code()
+    if code in (0, signals.EXIT_CODE):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
