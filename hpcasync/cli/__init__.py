@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         args = make_parser(argv).parse_args(argv)
-        return int(args.run(args) or 0)
+        return _leaving_with(int(args.run(args) or 0))
     except UsageError as error:
         from hpcasync.comm.failure import usage_failed
 
@@ -33,6 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone: nobody is left to tell
         return 1
+
+
+def _leaving_with(code: int) -> int:
+    failure = sys.modules.get("hpcasync.comm.failure")  # torch and MPI are not loaded for this
+    return code if failure is None else int(failure.leaving_with(code))
 
 
 __all__ = ["main"]

@@ -60,6 +60,13 @@ def install(comm: Any) -> None:
     atexit.register(meet_or_abort)
 
 
+def leaving_with(code: int) -> int:
+    """Tell that the process is about to end with ``code``, and return it: ``sys.exit(main())`` has looked ``exit`` up before."""
+    global _exit_code
+    _exit_code = code
+    return code
+
+
 def exit_code() -> int:
     """What this process is leaving with."""
     return _exit_code

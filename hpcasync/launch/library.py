@@ -42,7 +42,7 @@ class Library:
             program = ["sh", "-c", WRAPPER, "hpcasync-rank", *program]
         if self.name == "openmpi":
             crowded = ["--oversubscribe"] if ranks > (os.cpu_count() or 1) else []
-            return [self.mpiexec, *crowded, *["--with-ft", "ulfm"] * survive, "--bind-to", "none", "-n", str(ranks), *program]
+            return [self.mpiexec, *crowded, *["--continuous"] * survive, "--bind-to", "none", "-n", str(ranks), *program]
         return [self.mpiexec, *["-disable-auto-cleanup"] * survive, "-n", str(ranks), *program]
 
     def environment(self, ranks: int, env: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -1,0 +1,124 @@
+"""Mode async outlives its ranks: real jobs, really killed."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpcasync.comm import World
+from hpcasync.train.checkpoint_folder import checkpoints
+from hpcasync.train.checkpoint_ranks import read_ranks
+from tests.launch.survivors import SurvivingJob
+from tests.mpi import LANES, Lane, require_lane
+
+SLOW_EPOCHS = ("--batch", "4")  # 90 steps of a rank of 4
+FOREVER = ("--epochs", "100000", "--eval-every", "1", *SLOW_EPOCHS)
+
+
+@pytest.fixture(params=LANES)
+def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
+    return require_lane(request.param)
+
+
+def updates_are_whole(folder: Path, deaths: list[dict[str, Any]]) -> None:
+    """Every push of a rank is in the shards' versions: of a dead one, all but perhaps the one that it died in."""
+    with read_ranks(max(checkpoints(folder)), World()) as source:
+        versions = source.shared()["versions"]
+        place = source.facts["position"]
+    assert place["step"] >= 0
+    pushed = sum(death["updates"] for death in deaths)
+    living = read_updates(max(checkpoints(folder)))
+    assert (versions >= living + pushed).all() and (versions <= living + pushed + len(deaths)).all()
+
+
+def read_updates(path: Path) -> int:
+    """Updates of all ranks that a checkpoint holds."""
+    with read_ranks(path, World()) as source:
+        return sum(own["updates"] for own in source.own()["parts"]["run"]["everyone"])
+
+
+def test_the_living_finish_the_run(lane: Lane, tmp_path: Path) -> None:
+    with SurvivingJob(lane, tmp_path / "run", "--epochs", "50", "--schedule", "cosine", *SLOW_EPOCHS) as job:
+        job.wait_epochs(2)
+        job.send(2)
+        job.wait_epochs(2)
+        job.send(1)
+        code, result, err = job.end()
+    assert code == 0, err
+    assert "rank 2 died" in err and "rank 1 died" in err
+    assert [death["rank"] for death in result["deaths"]] == [2, 1] and result["ranks"] == 2
+    assert result["epochs"] == 50 and result["test_accuracy"] > 0.9
+    updates_are_whole(tmp_path / "run", result["deaths"])
+    # Before the first death 4 ranks made 90 steps an epoch, after the last one 2 made 180.
+    assert 50 * 358 - 2 * 180 <= result["updates"] <= 50 * 360
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ("--rule", "asgd", "--staleness", "0", "--partition", "dirichlet:0.5"),
+        ("--rule", "gsgm", "--patience", "1000"),
+        ("--rule", "apam", "--partition", "shards:3"),
+        ("--rule", "easgd", "--every", "2"),
+    ],
+    ids=lambda rule: rule[1],
+)
+def test_nobody_waits_for_the_dead(rule: tuple[str, ...], tmp_path: Path) -> None:
+    """Bound, turn and lock are given free; a stop by signal and a resume work after it."""
+    lane, output = require_lane("mpich"), tmp_path / "run"
+    with SurvivingJob(lane, output, *FOREVER, *rule, "--checkpoint-every", "50") as job:
+        job.wait_epochs(1)
+        job.send(3)
+        job.wait_epochs(2)
+        job.process.send_signal(signal.SIGUSR1)
+        code, result, err = job.end()
+    assert code == 75, err
+    assert result["stopped"] == "SIGTERM" and "rank 3 died" in err
+    again = ("--epochs", str(result["epoch"] + 1), *FOREVER[2:], *rule, "--resume", "auto")
+    with SurvivingJob(lane, output, *again, ranks=3, before=()) as job:
+        code, result, err = job.end()
+    assert code == 0, err
+    assert "begins again" in " ".join(result["reset"]) and result["ranks"] == 3
+
+
+def test_the_last_one_goes_on_alone(tmp_path: Path) -> None:
+    """All other ranks die at once, while one of them was stopped."""
+    with SurvivingJob(require_lane("mpich"), tmp_path / "run", *FOREVER) as job:
+        job.wait_epochs(1)
+        job.send(1, signal.SIGSTOP)
+        for rank in (3, 2, 1):
+            job.send(rank)
+        job.wait_epochs(2)
+        job.process.send_signal(signal.SIGTERM)
+        code, _, err = job.end()
+    assert code == 75, err
+    assert all(f"rank {rank} died" in err for rank in (1, 2, 3))
+
+
+def test_the_window_dies_with_its_host(lane: Lane, tmp_path: Path) -> None:
+    """Rank 0's death ends the job; a restart goes on from the last checkpoint."""
+    before = ("--survive", "--max-restarts", "1")
+    words = ("--epochs", "40", "--checkpoint-every", "20", *SLOW_EPOCHS)
+    with SurvivingJob(lane, tmp_path / "run", *words, ranks=2, before=before) as job:
+        job.wait_epochs(2)
+        job.send(0)
+        code, result, err = job.end()
+    assert code == 0, err
+    assert "restart 1 of 1" in err and result["restarts"] == 1 and result["updates"] == 40 * 360
+
+
+def test_an_error_still_ends_the_job(lane: Lane, tmp_path: Path) -> None:
+    words = ("--lr", "1e30", "--on-nonfinite", "abort", *FOREVER)
+    with SurvivingJob(lane, tmp_path / "run", *words, ranks=2) as job:
+        code, _, err = job.end()
+    assert code not in (0, 75) and "FloatingPointError" in err
+
+
+def test_other_modes_are_refused(tmp_path: Path) -> None:
+    with SurvivingJob(require_lane("mpich"), tmp_path / "run", "--mode", "sync", "--epochs", "1", ranks=2) as job:
+        code, _, err = job.end()
+    assert code == 2 and "only mode async on one node outlives its ranks" in err and err.count("error:") == 1
