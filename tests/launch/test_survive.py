@@ -62,8 +62,8 @@ def test_the_living_finish_the_run(lane: Lane, tmp_path: Path) -> None:
     [
         ("--rule", "asgd", "--staleness", "0", "--partition", "dirichlet:0.5"),
         ("--rule", "gsgm", "--patience", "1000"),
-        ("--rule", "apam", "--partition", "shards:3"),
-        ("--rule", "easgd", "--every", "2"),
+        ("--rule", "apam", "--partition", "shards:4"),
+        ("--rule", "easgd"),
     ],
     ids=lambda rule: rule[1],
 )
