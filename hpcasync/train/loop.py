@@ -143,7 +143,11 @@ def _train(
         result["guided"] = run.together(lambda: guided_record(guided, run.world))
     if run.record is not None:
         result |= run.record.close(model)
-    run.together(lambda: _together(run.world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None))
+
+    def finish() -> None:
+        _together(run.world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None)
+
+    run.together(finish)
     return Outcome(result, ranks, path)
 
 

@@ -25,7 +25,7 @@ from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Mode
 from hpcasync.modes.state import idle
 from hpcasync.store import WindowStore
-from hpcasync.train import launched, signals
+from hpcasync.train import signals
 
 T = TypeVar("T")
 
@@ -80,7 +80,8 @@ class Survival:
         done = {"epoch": epoch, "step": step, "samples": samples, "updates": updates, "shards": shards}
         self._buried[rank] = {"rank": rank, "time": when} | done
         at = time.strftime("%H:%M:%S", time.localtime(when))
-        torn = f"; it held the lock of shard {', '.join(map(str, shards))}, whose last update may be applied in part" if shards else ""
+        held = ", ".join(map(str, shards))
+        torn = f"; it held the lock of shard {held}, whose last update may be applied in part" if shards else ""
         print(
             f"hpcasync: rank {rank} died at {at} in epoch {epoch}, step {step}{torn}. The run goes on without it; "
             "the others take over its share of the data in the next epoch",

@@ -185,3 +185,25 @@ def test_a_name_a_path_or_an_open_set():
         next(iter(loader(source)))[1].tolist() for source in ("digits", str(digits.path), digits.path, digits)
     ]
     assert all(f == first[0] for f in first)
+
+
+@pytest.mark.parametrize("partition", ["iid", [np.arange(0, 20), np.arange(20, 30), np.arange(30, 45), np.arange(45, 50)]])
+def test_the_living_take_over_the_share_of_the_dead(numbered, partition):
+    dealt = [Loader(numbered[50], world(rank, 4), batch=4, partition=partition) for rank in range(4)]
+    left = [dealt[rank].among([0, 3]) for rank in (0, 3)]
+    assert len(left[0]) == len(left[1]) == 7
+    for mine in left:
+        mine.set_epoch(3)
+    seen = [np.concatenate(mine.indices()) for mine in left]
+    if partition == "iid":
+        assert sorted(np.concatenate(seen)) == list(range(50))
+        again = [np.concatenate(Loader(numbered[50], world(rank, 2), batch=4).indices()) for rank in (0, 1)]
+        assert [len(s) for s in again] == [len(s) for s in seen]
+    else:  # each its own part, and half of both parts that are left over
+        own = [{*range(33)}, {*range(33, 50)}]
+        for mine, part in zip(left, own, strict=True):
+            met = set()
+            for epoch in range(4):
+                mine.set_epoch(epoch)
+                met |= {int(i) for indices in mine.indices() for i in indices}
+            assert met == part

@@ -181,3 +181,29 @@ def test_window_larger_than_shared_memory_is_refused_on_every_rank(mpirun: MpiRu
             assert "rank 0: /dev/shm has" in str(error), error
     """
     run(mpirun, 2, body.replace("\n        ", "\n"))
+
+
+BURIED = """
+# Rank 1 ends while it holds locks, with the smallest clock: a lock, the bound on staleness and the turn are given free.
+store, worker, grads, hypers, out = counting([40], 10)
+if me == 1:
+    assert store.try_lock(0, me) and store.try_lock(2, me)
+else:
+    for _ in range(3):
+        store.tick(worker)
+store.barrier()
+if me == 0:
+    assert store._ahead(worker) == 3 and not store.try_lock(0, me)
+    assert store.bury(1) == [0, 2]
+    assert not store.gate(worker, 0)
+    store.push_pull(worker, grads, out, hypers)
+    assert store.versions.tolist() == [1, 1, 1], store.versions
+    assert values(store, out) == [{1.0}] * 3, values(store, out)
+    assert store.bury(1) == []
+store.barrier()
+store.close()
+"""
+
+
+def test_what_a_dead_rank_held_is_given_free(mpirun: MpiRun) -> None:
+    run(mpirun, 2, BURIED)
