@@ -10,7 +10,7 @@ from typing import Any
 from hpcasync.backoff import Backoff
 from hpcasync.comm import World
 from hpcasync.comm.shared_memory import shared_file
-from hpcasync.train.live_row import NBYTES, Row, read_rows, write_row
+from hpcasync.train.live_row import NBYTES, Row, State, read_rows, write_row
 
 
 class Board:
@@ -46,6 +46,11 @@ class Board:
         write_row(self._memory, self._rank, row, self._count)
         if self._relay is not None:
             self._relay.turn()
+
+    def bury(self, rank: int) -> None:
+        """Tell of another rank that it has died."""
+        row = read_rows(self._memory, [rank])[0]
+        write_row(self._memory, rank, row._replace(state=State.DIED, speed=0.0), 0)
 
     def read(self) -> list[Row]:
         """All ranks' rows, as far as they are known here."""

@@ -19,6 +19,8 @@ class State(IntEnum):
     MEETS = 2
     """It has come to the end of an epoch: waits for the others, evaluates."""
     ENDED = 3
+    DIED = 4
+    """Rank 0 says so of it."""
 
 
 class Row(NamedTuple):
@@ -88,6 +90,11 @@ def slowest(rows: Sequence[Row], now: float) -> int | None:
         return silent
     training = [i for i, row in enumerate(rows) if row.speed > 0]
     return min(training, key=lambda i: rows[i].pace) if len(training) > 1 else None
+
+
+def living(rows: Sequence[Row]) -> list[Row]:
+    """Those that have not died; rank 0 is always one."""
+    return [row for row in rows if row.state != State.DIED]
 
 
 def middle(values: Sequence[float]) -> float:

@@ -22,7 +22,7 @@ from hpcasync.modes import Mode
 from hpcasync.stats import Staleness
 from hpcasync.train.board import Board
 from hpcasync.train.event_file import EventFiles
-from hpcasync.train.live_row import Row, State, mean_loss, middle, slowest
+from hpcasync.train.live_row import Row, State, living, mean_loss, middle, slowest
 from hpcasync.train.screen import Facts
 from hpcasync.train.terminal import Terminal, find_terminal
 
@@ -133,6 +133,12 @@ class Monitor:
             self._tell(State.MEETS, time.monotonic())
             self._next = 0.0
 
+    def died(self, rank: int) -> None:
+        """Tell of a rank that has died, by its number at the start; rank 0 tells. From any thread."""
+        board = self._board
+        if board is not None and self._world.rank == 0:
+            board.bury(rank)
+
     def resumed(self, steps: int) -> None:
         """Tell that the run goes on after so many steps of this rank. Collective."""
         self._steps = steps
@@ -223,8 +229,8 @@ class Monitor:
         if not all(row.time for row in rows):  # the sum is less than what is known later
             return updates
         self._pointed = now
-        slow = slowest(rows, now)
-        self._files.scalars(_curves(rows) | ({} if slow is None else {"speed/slowest_rank": slow}), updates)
+        slow, alive = slowest(rows, now), living(rows)
+        self._files.scalars(_curves(alive) | ({} if slow is None else {"speed/slowest_rank": slow}), updates)
         for rank, row in enumerate(rows if 1 < len(rows) <= CURVES else []):
             self._files.scalars(_curves([row]), updates, f"rank{rank}")
         return updates

@@ -83,6 +83,11 @@ class Progress:
         if self._monitor is not None:
             self._monitor.meets()
 
+    def died(self, rank: int) -> None:
+        """Tell of a rank that has died, by its number at the start."""
+        if self._monitor is not None:
+            self._monitor.died(rank)
+
     def evaluated(self, row: dict[str, float], speed: float) -> None:
         """Tell of an evaluation."""
         if self._monitor is not None:

@@ -24,7 +24,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hpcasync.train.live_row import NBYTES, Row, State, mean_loss, middle, read_rows, slowest
+from hpcasync.train.live_row import NBYTES, Row, State, living, mean_loss, middle, read_rows, slowest
 from hpcasync.train.terminal import in_foreground
 
 SECONDS = 0.5
@@ -33,7 +33,7 @@ LEFT = 5
 """Lines of the terminal that stay for what scrolls, at least."""
 NARROW = 64
 """On less columns than these there is one line, without the ranks."""
-_WORDS = {State.STARTS: "starts", State.MEETS: "epoch's end", State.ENDED: "done"}
+_WORDS = {State.STARTS: "starts", State.MEETS: "epoch's end", State.ENDED: "done", State.DIED: "died"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def picture(facts: Facts, rows: Sequence[Row], left: str, now: float, columns: i
         lines: of the terminal.
     """
     slow, room = slowest(rows, now), lines - LEFT - 3
-    parts: list[RenderableType] = [*_summary(facts, rows, left, slow)]
+    parts: list[RenderableType] = [*_summary(facts, living(rows), left, slow)]
     if columns >= NARROW and room > 0:
         parts.append(_table(rows, slow, now, room))
     out = io.StringIO()
@@ -176,7 +176,7 @@ def main(words: Sequence[str]) -> int:
                 region.release()
                 continue
             rows, now = read_rows(memory, range(facts.ranks)), time.monotonic()
-            left = pace.left(min(row.steps for row in rows), facts.steps, now)
+            left = pace.left(min(row.steps for row in living(rows)), facts.steps, now)
             region.draw(picture(facts, rows, left, now, *region.size()))
         region.release()
     except OSError:  # the terminal is gone

@@ -153,6 +153,13 @@ def test_pictures_fit_the_terminal(columns: int, lines: int) -> None:
         assert found[-1].split() == ["...", "+25"]
 
 
+def test_a_dead_rank_is_told_and_holds_up_nobody() -> None:
+    rows = [row(steps=50), row(steps=60, speed=9.0), row(state=State.DIED, time=1.0, steps=5, speed=0.0)]
+    assert slowest(rows, 100) == 1
+    drawn = picture(Facts("a", 3, 100, 3, 1), rows, "-", 100.0, 100, 24)
+    assert "50 %" in drawn[0] and "died" in drawn[-1] and "slowest" in drawn[-2]
+
+
 def test_time_left() -> None:
     pace = Pace()
     assert pace.left(0, 100, 0.0) == "-" and pace.left(10, 100, 1.0) == "-"
@@ -165,4 +172,6 @@ def test_a_board_of_one_process_holds_its_row() -> None:
     board = Board(hpcasync.init(mpi=False))
     board.write(row(loss=0.5))
     assert board.read() == [row(loss=0.5)]
+    board.bury(0)
+    assert board.read() == [row(loss=0.5, state=State.DIED, speed=0.0)]
     board.close()
