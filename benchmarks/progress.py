@@ -35,21 +35,23 @@ def main() -> None:
     parser.add_argument("--progress", nargs="+", choices=PROGRESS, help="default: all; the thread with --quick")
     parser.add_argument("--seconds", type=float, default=6.0, help="of a case")
     parser.add_argument("--python", action="store_true", help="the busy rank runs pure Python")
+    parser.add_argument("--bind", action="store_true", help="each rank to a core of its own, with its thread, as launchers do")
     args = parser.parse_args()
     args.progress = args.progress or list(PROGRESS[:1] if args.quick else PROGRESS)
     if args.worker:
-        work(args.worker, args.progress[0], args.seconds, args.python)
+        work(args.worker, args.progress[0], args.seconds, args.python, args.bind)
         return
     about = begin("progress")
     rows = []
     for lane in args.lanes:
         for progress in args.progress:
-            row = launch_case(lane, progress, 2.0 if args.quick else args.seconds, args.python)
+            flags = [name for name, on in (("--python", args.python), ("--bind", args.bind)) if on]
+            row = launch_case(lane, progress, 2.0 if args.quick else args.seconds, flags)
             rows += [row] if row else []
     finish(args, "progress", about, rows)
 
 
-def launch_case(lane: str, progress: str, seconds: float, python: bool) -> dict | None:
+def launch_case(lane: str, progress: str, seconds: float, flags: list[str]) -> dict | None:
     """Run one case on two nodes and print it."""
     sys.path.insert(0, str(REPO))
     from tests.hosts import Hosts, HostsRun, missing
@@ -66,7 +68,7 @@ def launch_case(lane: str, progress: str, seconds: float, python: bool) -> dict 
         LANES[lane] |= {"MPIR_CVAR_NUM_CLIQUES": "2", "MPIR_CVAR_CLIQUES_BY_BLOCK": "1"}
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.json"
-        args = ["--worker", rows, "--progress", progress, "--seconds", seconds, *(["--python"] if python else [])]
+        args = ["--worker", rows, "--progress", progress, "--seconds", seconds, *flags]
         if lane == "hosts" and missing():
             print(f"\nhosts: {missing()}; left out", flush=True)
             return None
@@ -77,8 +79,8 @@ def launch_case(lane: str, progress: str, seconds: float, python: bool) -> dict 
         else:
             MpiRun(found[0], Path(folder))(Path(__file__), ranks, **options)
         times = json.loads(rows.read_text())
-    row: dict = {"lane": lane, "progress": progress, "mpi": found[0].name, "seconds": times, "ratios": []}
-    print(f"\n{lane}, {found[0].name}, {progress}  (load {os.getloadavg()[0]:.1f})", flush=True)
+    row: dict = {"lane": lane, "progress": progress, "mpi": found[0].name, "flags": flags, "seconds": times, "ratios": []}
+    print(f"\n{', '.join([lane, found[0].name, progress, *flags])}  (load {os.getloadavg()[0]:.1f})", flush=True)
     for what in ("push_pull", "pull"):
         t = times[what]
         verdict = "holds" if t["median"] <= TARGET else "MISSED"
@@ -91,7 +93,7 @@ def launch_case(lane: str, progress: str, seconds: float, python: bool) -> dict 
     return row
 
 
-def work(rows: Path, progress: str, seconds: float, python: bool) -> None:
+def work(rows: Path, progress: str, seconds: float, python: bool, bind: bool) -> None:
     """One rank."""
     import hpcasync as ha
     from hpcasync.rules import ASGD
@@ -99,6 +101,9 @@ def work(rows: Path, progress: str, seconds: float, python: bool) -> None:
 
     world = ha.init(threads=1, host_ranks=int(progress == "host-rank"))
     assert world.nodes == world.size == 2, world
+    if bind:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[world.rank % len(cores)]})  # and so the threads that start from now on
     rule = ASGD(lr=1e-3)
     rule.warm_up()
     store = RemoteStore(world, make_layout([COUNT] * 2, COUNT), rule, progress=progress)

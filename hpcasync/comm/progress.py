@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,32 @@ sender's next operations are on their way."""
 
 EAGER_TURNS = 30
 """Turns with the short sleep after a request."""
+
+
+def _mpi_library() -> ctypes.CDLL:
+    from mpi4py import MPI
+
+    return ctypes.CDLL(MPI.__file__)  # a look-up in the extension module finds the library that it is linked with
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+@functools.cache  # the first one asks before any thread switches
+def _yield_switch() -> int:
+    """Address of Open MPI's ``opal_progress_set_yield_when_idle``; 0 where it does not yield, and for other libraries.
+
+    With more ranks than slots Open MPI gives the core away in every probe that finds nothing. The rank's own computing
+    then takes it for a slice of the scheduler, 16 times in a turn: the probes leave that out.
+    """
+    switch = getattr(_mpi_library(), "opal_progress_set_yield_when_idle", None)
+    if switch is None:
+        return 0
+    switch.argtypes, switch.restype = [ctypes.c_bool], ctypes.c_bool
+    yields = switch(False)
+    switch(yields)
+    return _address(switch) if yields else 0
 
 
 class Watcher:
@@ -52,12 +79,10 @@ class Watcher:
     ) -> None:
         from mpi4py import MPI
 
-        # A look-up in the extension module finds the library that it is linked with.
-        iprobe = ctypes.cast(ctypes.CDLL(MPI.__file__).MPI_Iprobe, ctypes.c_void_p).value
-        usleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value
+        functions = (_address(_mpi_library().MPI_Iprobe), _address(ctypes.CDLL(None).usleep), _yield_switch())
         scratch = np.zeros(64, np.int64)  # the flag, and a status of any library
         self._stop = np.zeros(1, np.int64)
-        self._fixed = (iprobe, usleep, MPI._handleof(comm), MPI.ANY_SOURCE, MPI.ANY_TAG, scratch, probes, sleep)
+        self._fixed = (*functions, MPI._handleof(comm), MPI.ANY_SOURCE, MPI.ANY_TAG, scratch, probes, sleep)
         self._words = (requests.reshape(-1), done.reshape(-1))
         self._sleep = sleep
         self._gate = np.zeros(1, np.int64) if gate is None else gate

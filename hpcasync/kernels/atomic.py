@@ -65,8 +65,8 @@ def call_iprobe(typing_context: Any, function: Any, source: Any, tag: Any, comm:
 
 
 @intrinsic
-def call_usleep(typing_context: Any, function: Any, microseconds: Any) -> Any:
-    """``int usleep(useconds_t)``."""
+def call_with_int(typing_context: Any, function: Any, argument: Any) -> Any:
+    """``int f(int)``, or of types that are passed alike."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         i32 = ir.IntType(32)

@@ -277,3 +277,35 @@ def test_over_separate_hosts(two_hosts: HostsRun, tmp_path: Path) -> None:
     args = [*args[:-1], tmp_path / "more", "--epochs", "3", "--resume", tmp_path / "run" / "checkpoint-000002.h5"]
     again = json.loads(two_hosts.cli(args, 4).stdout.splitlines()[-1])
     assert again["resumed_from"] and again["test_loss"] < result["test_loss"]
+
+
+def test_over_four_hosts(four_hosts: HostsRun) -> None:
+    """Two ranks per host: their windows meet in averages of four; each host's ranks push, and all end with one model."""
+    four_hosts(
+        """
+        import numpy as np
+        import hpcasync as ha
+        from tests.modes.toys import flat, mlp, train
+
+        world = ha.init()
+        assert (world.size, world.nodes) == (8, 4), world
+        for delay in (0, 2):
+            model = mlp(seed=world.rank)  # rank 0's is everybody's
+            rule = ha.rules.TrendSmooth(lr=0.05)
+            opt = ha.Hierarchical(model, rule, every=4, block_momentum=0.5, delay=delay, staleness=2, world=world)
+            assert opt.groups == 4 and opt.world.size == 2
+            train(opt, model, range(6), world.rank)
+            models = world.gather(flat(model))
+            inside = [np.array_equal(a, b) for a, b in zip(models[:-1:2], models[2::2])]
+            assert not any(inside), inside  # hosts differ between two averages
+            train(opt, model, range(6, 8), world.rank)
+            opt.synchronize()
+            models = world.gather(flat(model))
+            assert all(np.array_equal(models[0], m) for m in models) and np.isfinite(models[0].view(np.float32)).all()
+            assert sum(world.gather(opt.updates)) == 8 * 8 and opt.averages >= 2
+            opt.close()
+        print("done", flush=True)
+        """,
+        8,
+        timeout=150,
+    )
