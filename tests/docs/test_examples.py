@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -31,6 +32,8 @@ def test_every_script_is_tested_and_shown() -> None:
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # the modes are tested with both libraries elsewhere
 @pytest.mark.parametrize("name", SAYS)
 def test_script(mpirun: MpiRun, name: str) -> None:
+    if name == "transformers_trainer" and importlib.util.find_spec("transformers") is None:
+        pytest.skip("transformers is not installed: it needs Python 3.11")
     done = mpirun(EXAMPLES / f"{name}.py", 2)
     assert all(words in done.stdout for words in SAYS[name]), done.stdout
     if name == "own_model":
