@@ -37,17 +37,40 @@ def test_bad_input_is_one_line(words: list[str], says: str) -> None:
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 
+# Stays where the first checkpoint is made until the test takes the file "hold" away.
+HELD = """
+import time
+from pathlib import Path
+import torch
+
+def net(shape, classes):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
+
+    def wait(module, inputs):
+        while Path("hold").exists() and list(Path("run").glob("checkpoint-*.h5")):
+            time.sleep(0.01)
+
+    model.register_forward_pre_hook(wait)
+    return model
+"""
+
+
 def test_a_killed_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    train = ["train", "--epochs", "400", "--checkpoint-every", "10", "--output", output, "--threads", "1"]
+    (tmp_path / "held.py").write_text(HELD)
+    (tmp_path / "hold").touch()
+    train = ["train", "--model", "held:net", "--epochs", "4", "--checkpoint-every", "10", "--output", "run", "--threads", "1"]
     command = [sys.executable, "-m", "hpcasync", "launch", "-n", "2", "--max-restarts", "1", "--", *map(str, train), "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | COMMON_ENV)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | COMMON_ENV, cwd=tmp_path
+    )
     try:
         deadline = time.monotonic() + 60
         while not list(output.glob("checkpoint-*.h5")):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
         os.kill(json.loads((output / "run.lock").read_text())["pid"], signal.SIGKILL)
+        (tmp_path / "hold").unlink()
         out, err = process.communicate(timeout=120)
     finally:
         if process.poll() is None:
@@ -58,7 +81,7 @@ def test_a_killed_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     result = json.loads(out.splitlines()[-1])
     assert result["restarts"] == 1 and result["resumed_from"]
     # Every step that the checkpoint knew is counted once.
-    assert result["updates"] == 400 * 2 * 23
+    assert result["updates"] == 4 * 2 * 23
 
 
 def test_exit_codes_are_those_of_the_program() -> None:
