@@ -85,16 +85,16 @@ def _throughput(groups: Sequence[Group]) -> Plot:
 
 
 def _with_ranks(group: Group, column: str) -> tuple[list[Run], str]:
-    """The runs that have this column of the same ranks, and a sentence that says which they are."""
+    """The runs that have this column of the same ranks, those that have ended if any, and a sentence that says which they are."""
     runs = [run for run in group.runs if column in run.ranks]
+    runs = [run for run in runs if run.result] or runs
     runs = [run for run in runs if np.array_equal(run.ranks["rank"], runs[0].ranks["rank"])]
     if len(group.runs) == 1:
         return runs, ""
     if len(runs) == 1:
         return runs, f" Of {runs[0].name}, the only one of {group.many} with these numbers."
     without = len(group.runs) - len(runs)
-    lacking = f" {without} more have no such numbers." if without else ""
-    return runs, f" Mean of {len(runs)} runs; range: lowest to highest.{lacking}"
+    return runs, f" Mean of {len(runs)} runs" + (f"; {without} that have not ended are left out." if without else ".")
 
 
 def _bars(group: Group, of: str, stem: str) -> Plot | None:
@@ -119,6 +119,7 @@ def _bars(group: Group, of: str, stem: str) -> Plot | None:
     figure.legend(
         *axis.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=9
     )
+    which += " Whiskers: lowest to highest." if len(runs) > 1 else ""
     note = f"Per rank: computing gradients, communicating, waiting for others.{which}"
     return Plot(f"ranks-{stem}", f"Where the time went{of}", note, {"": figure})
 
@@ -138,9 +139,10 @@ def _staleness(group: Group, of: str, stem: str) -> Plot | None:
     if len(ranks) <= LINES:
         for i, rank in enumerate(ranks):
             _histogram(axis, shares[:, i], f"rank {rank}", COLOURS[i])
+        which += " Band: lowest to highest." if len(runs) > 1 else ""
     else:
         _histogram(axis, shares.mean(0), "", COLOURS[0])
-        which = which.split(";")[0] + "." * (";" in which) + f" Line: mean of {len(ranks)} ranks; range: lowest to highest rank."
+        which += f" Line: mean of {len(ranks)} ranks; band: lowest to highest rank."
     style(axis, xlabel="staleness, updates", ylabel="% of the rank's updates")
     whole_ticks(axis)
     axis.set_ylim(bottom=0)

@@ -69,6 +69,7 @@ def test_run_cut_short_says_what_is_missing(
     text = (cut / "report.html").read_text()
     assert "Test accuracy" in text and "Shrink share" in text and "no evaluation yet" not in text
     assert "no run.h5: the run was cut short; it left no checkpoint" in text
+    assert read_run(cut).recipe == read_run(runs["seed1"]).recipe
     assert "no times and no staleness" in text and "Where the time went" not in text
 
 
@@ -86,6 +87,7 @@ def test_live_run_finished_and_cut_short(mpirun: MpiRun, runs: dict[str, Path], 
         (run / name).unlink()
     cut = read_run(run)
     width = cut.ranks["staleness"].shape[1]
+    assert cut.recipe == whole.recipe
     np.testing.assert_array_equal(cut.ranks["staleness"], whole.ranks["staleness"][:, :width])
     assert cut.ranks["staleness"].sum() == whole.ranks["staleness"].sum() > 0
     for share in ("compute", "communicate", "wait"):
