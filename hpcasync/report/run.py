@@ -61,7 +61,8 @@ class Run:
     @property
     def recipe(self) -> str:
         """The configuration and the ranks, but for seed and folder: runs that share it are one band."""
-        same = {k: v for k, v in self.config.items() if k not in ("seed", "output", "resume") and v is not None}  # TOML has no None
+        given = {k: v for k, v in self.config.items() if v is not None}  # TOML has no None
+        same = {k: v for k, v in given.items() if k not in ("seed", "output", "resume")}
         ranks = self.records[0].facts["ranks"] if self.records else self.config.get("workers")
         ranks = self.result.get("ranks", ranks)
         return json.dumps([same, ranks], sort_keys=True, default=str) if same else str(self.folder)
