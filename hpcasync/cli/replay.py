@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _replay(folder: Path, until: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    from hpcasync.replay.deaths import deaths_of
     from hpcasync.replay.replay import Replay
 
     if until is not None and until < 1:
@@ -55,6 +56,10 @@ def _replay(folder: Path, until: int | None, options: dict[str, Any]) -> dict[st
     replay = Replay(folder, **options)
     outcome = replay.run(until)
     print(f"{outcome.events:,} of {outcome.recorded:,} recorded events of {len(replay.ranks)} ranks, {outcome.updates:,} updates")
+    for death in deaths_of(replay.records):
+        inside = f", inside its update of shards {death['shards']}: nobody knows how much of it was done"
+        inside *= bool(death["shards"])
+        print(f"Rank {death['rank']} died in epoch {death['epoch']}, step {death['step']}{inside}")
     if until is None and not outcome.complete:
         print("The record does not reach the end of the run: replayed as far as it goes")
         for place in outcome.stopped_at:

@@ -17,6 +17,7 @@ import torch
 
 from hpcasync.modes.recorder import Event
 from hpcasync.replay.check import build_model, check_replayable, config_of, open_data
+from hpcasync.replay.deaths import deaths_of, with_last_pushes
 from hpcasync.replay.order import order_of
 from hpcasync.replay.rank import Computed, Gradients, Rank, average_buffers, start_randoms
 from hpcasync.store import LocalStore, aligned_zeros, make_layout
@@ -71,7 +72,8 @@ class Replay:
     """
 
     def __init__(self, run: Path, *, data: str | None = None, any_code: bool = False, watch: Watch | None = None) -> None:
-        self.records: list[RankRecord] = read_record(run)
+        self.records: list[RankRecord] = with_last_pushes(read_record(run))
+        self._dead = {death["rank"] for death in deaths_of(self.records)}
         facts = self.records[0].facts
         config = config_of(self.records)
         rule = check_replayable(run, self.records, config)
@@ -117,10 +119,11 @@ class Replay:
             torch.set_num_threads(before)
         outcome = self.outcome
         outcome.events = sum(r.at for r in self.ranks)
-        outcome.complete = all(r.done and r.record.closed for r in self.ranks)
+        closed = [r.record.closed or i in self._dead for i, r in enumerate(self.ranks)]
+        outcome.complete = all(closed) and all(r.done for r in self.ranks)
         if until is None and not outcome.complete:
             outcome.stopped_at = [{"rank": i, "step": int(r.event["step"])} for i, r in enumerate(self.ranks) if not r.done]
-            if all(r.record.closed for r in self.ranks):
+            if all(closed):
                 self._differs("order", self.ranks[outcome.stopped_at[0]["rank"]], "an update", "none that can follow")
         self._compare_end()
         return outcome

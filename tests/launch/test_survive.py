@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hpcasync.comm import World
+from hpcasync.replay.replay import Replay
 from hpcasync.train.checkpoint_folder import checkpoints
 from hpcasync.train.checkpoint_ranks import read_ranks
 from tests.launch.survivors import SurvivingJob
@@ -42,7 +43,7 @@ def read_updates(path: Path) -> int:
 
 
 def test_the_living_finish_the_run(lane: Lane, tmp_path: Path) -> None:
-    with SurvivingJob(lane, tmp_path / "run", "--epochs", "50", "--schedule", "cosine", *SLOW_EPOCHS) as job:
+    with SurvivingJob(lane, tmp_path / "run", "--epochs", "50", "--schedule", "cosine", "--record", *SLOW_EPOCHS) as job:
         job.wait_epochs(2)
         job.send(2)
         job.wait_epochs(2)
@@ -53,6 +54,9 @@ def test_the_living_finish_the_run(lane: Lane, tmp_path: Path) -> None:
     assert [death["rank"] for death in result["deaths"]] == [2, 1] and result["ranks"] == 2
     assert result["epochs"] == 50 and result["test_accuracy"] > 0.9
     updates_are_whole(tmp_path / "run", result["deaths"])
+    replayed = Replay(tmp_path / "run").run()
+    torn = any(death["shards"] for death in result["deaths"])  # killed inside an update
+    assert torn or (replayed.identical and replayed.complete), replayed
     # Before the first death 4 ranks made 90 steps an epoch, after the last one 2 made 180.
     assert 50 * 358 - 2 * 180 <= result["updates"] <= 50 * 360
 
