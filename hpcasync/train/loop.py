@@ -116,6 +116,7 @@ def _train(
         if slow[world.rank] > 1:
             Slowdown(mode, slow[world.rank])
         if survival is not None and world.rank == 0:
+            survival.told = progress.died
             launched.now_training()
         stopped = run.epochs(keeper)
     if stopped:

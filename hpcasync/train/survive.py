@@ -45,6 +45,7 @@ class Survival:
         deaths: of those that died, in their order: ``rank`` (its first number), ``time`` (seconds since 1970), ``epoch``,
             ``step``, ``samples`` and ``updates`` (what it had done), and ``shards`` whose lock it held: a last update of
             theirs may have been applied in part. On every rank, as of the last meeting.
+        told: called on rank 0 with each dead rank's first number, at once, perhaps in a thread; None for nobody.
 
     Raises:
         UsageError: another mode, several nodes.
@@ -61,6 +62,7 @@ class Survival:
         self._board = shared_rows(world, 8 * (CALL + 1))[:, : 8 * (CALL + 1)].view(np.int64)
         self._own = self._board[world.rank]
         self.deaths: list[dict[str, Any]] = []
+        self.told: Callable[[int], None] | None = None
         self._buried: dict[int, dict[str, Any]] = {}  # on rank 0, as they happen
         self.star = Star(world.comm, self._bury)
         self.world = world
@@ -79,6 +81,8 @@ class Survival:
         epoch, step, samples, updates = self._board[rank, :CALL].tolist()
         done = {"epoch": epoch, "step": step, "samples": samples, "updates": updates, "shards": shards}
         self._buried[rank] = {"rank": rank, "time": when} | done
+        if self.told is not None:
+            self.told(rank)
         at = time.strftime("%H:%M:%S", time.localtime(when))
         held = ", ".join(map(str, shards))
         torn = f"; it held the lock of shard {held}, whose last update may be applied in part" if shards else ""

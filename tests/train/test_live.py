@@ -50,6 +50,7 @@ def process_of(token: str, rank: int) -> int:
         pid
         for pid in processes_of(token)
         if words & set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        and Path(f"/proc/{pid}/comm").read_text().strip() != "sh"  # the wrapper of launch
         and b"hpcasync.train.screen" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     return min(found)
@@ -90,9 +91,14 @@ def test_all_ranks_on_the_terminal_of_mpiexec(mpirun: MpiRun) -> None:
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # the terminal's side is the same with both
-def test_the_terminal_is_given_back_when_rank_0_is_killed(mpirun: MpiRun) -> None:
-    with terminal(mpirun, ["launch", "-n", "2", "--", *TRAIN, "run"], None) as shown:
-        shown.wait_for(lambda lines: len(ranks_of(lines)) == 2)
+def test_killed_ranks(mpirun: MpiRun) -> None:
+    with terminal(mpirun, ["launch", "-n", "3", "--survive", "--", *TRAIN, "run"], None) as shown:
+        lines = shown.wait_for(lambda lines: len(ranks_of(lines)) == 3 and int(ranks_of(lines)[2][2]) > 0)
+        os.kill(process_of(mpirun.last_token, 2), signal.SIGKILL)
+        lines = shown.wait_for(lambda lines: note(lines, 2) == "died")
+        steps = int(ranks_of(lines)[1][2])
+        shown.wait_for(lambda lines: 1 in ranks_of(lines) and int(ranks_of(lines)[1][2]) > steps + 50)
+        # The terminal is given back also when rank 0 is killed.
         os.kill(json.loads((mpirun.folder / "run" / "run.lock").read_text())["pid"], signal.SIGKILL)
         assert shown.wait() != 0
         assert not ranks_of(shown.lines) and shown.screen.margins is None
