@@ -1,4 +1,4 @@
-"""Many command lines in one job: a launch takes seconds, a refused command milliseconds."""
+"""Many command lines in one job: a launch takes seconds, a refused command milliseconds, a short training less than one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hpcasync.cli import main
 world = init()
 found = []
 for argv in json.load(open(sys.argv[1])):
-    out = io.StringIO()
-    with contextlib.redirect_stderr(out):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(argv)
         except SystemExit as stop:
             code = stop.code
-    found.append([code, out.getvalue()])
+    found.append([code, err.getvalue(), out.getvalue()])
 everyone = world.gather(found)
 if world.rank == 0:
     print(json.dumps(everyone))
@@ -32,7 +32,7 @@ if world.rank == 0:
 
 
 def run_cases(mpirun: MpiRun, cases: Sequence[Sequence[str | Path]], n: int | None, **options: Any) -> list[list[Any]]:
-    """Run hpcasync with each of ``cases`` in turn; per rank a list of exit code and standard error of each case."""
+    """Run hpcasync with each of ``cases`` in turn; per rank and case: exit code, standard error, standard output."""
     (mpirun.folder / "cases.json").write_text(json.dumps([[str(word) for word in argv] for argv in cases]))
-    done = mpirun(PROGRAM, n, args=["cases.json"], timeout=120, **options)
+    done = mpirun(PROGRAM, n, args=["cases.json"], **{"timeout": 120, **options})
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]

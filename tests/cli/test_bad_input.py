@@ -109,7 +109,7 @@ def test_every_case_says_what_is_wrong_once_and_returns_2(mpirun: MpiRun, files:
     cases = [[part.replace("{files}", str(files)) for part in CASES[name][0]] for name in names]
     everyone = run_cases(mpirun, cases, ranks, env={"PYTHONPATH": f"{files}:{REPO}"})
     for i, name in enumerate(names):
-        code, text = everyone[0][i]
+        code, text, _ = everyone[0][i]
         assert code == 2, (name, code, text)
         assert "Traceback" not in text
         assert text.count("error:") == 1, (name, text)
@@ -188,7 +188,7 @@ def test_data_commands(mpirun: MpiRun, files: Path) -> None:
         (["data", "import", files / "gone.csv", "--out", "x.h5"], "gone.csv"),
     )
     (found,) = run_cases(mpirun, [argv for argv, _ in cases], None)
-    for (argv, part), (code, text) in zip(cases, found, strict=True):
+    for (argv, part), (code, text, _) in zip(cases, found, strict=True):
         assert code == 2, argv
         assert part in text and "Traceback" not in text
     assert not (mpirun.folder / "x.h5").exists()

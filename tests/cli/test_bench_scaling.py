@@ -71,7 +71,7 @@ def test_bad_input_is_found_before_anything_is_measured(mpirun: MpiRun) -> None:
         if full:
             subprocess.run(["umount", disk], check=True)
     for found in everyone:
-        assert [code for code, _ in found] == [2] * len(bad)
-    for (words, parts), (_, text) in zip(bad.items(), everyone[0], strict=True):
+        assert [code for code, _, _ in found] == [2] * len(bad)
+    for (words, parts), (_, text, _) in zip(bad.items(), everyone[0], strict=True):
         assert all(part in text for part in parts), (words, text)
         assert "Traceback" not in text and "samples/s" not in text
