@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hpcasync.modes import Async, Guided, Hierarchical, KStep, Sync
     from hpcasync.train.checkpoint import load_checkpoint, save_checkpoint
     from hpcasync.train.monitor import Monitor
+    from hpcasync.train.stall import StallWatch
 
 _HOMES = {
     "Async": "hpcasync.modes",
@@ -24,6 +25,7 @@ _HOMES = {
     "Hierarchical": "hpcasync.modes",
     "KStep": "hpcasync.modes",
     "Monitor": "hpcasync.train.monitor",
+    "StallWatch": "hpcasync.train.stall",
     "Sync": "hpcasync.modes",
     "UsageError": "hpcasync.errors",
     "World": "hpcasync.comm",
@@ -34,8 +36,8 @@ _HOMES = {
 _MODULES = ("data", "lightning", "models", "rules")
 
 __all__ = [
-    "Async", "Guided", "Hierarchical", "KStep", "Monitor", "Sync", "UsageError", "World", "data", "init", "lightning",
-    "load_checkpoint", "models", "rules", "save_checkpoint",
+    "Async", "Guided", "Hierarchical", "KStep", "Monitor", "StallWatch", "Sync", "UsageError", "World", "data", "init",
+    "lightning", "load_checkpoint", "models", "rules", "save_checkpoint",
 ]  # fmt: skip
 
 

@@ -12,8 +12,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, 2 for bad input, or 75 for a training that a signal has stopped after a checkpoint. Any other error ends with
-        its traceback (the whole job under MPI).
+        0, 2 for bad input, or 75 for a training that a signal has stopped after a checkpoint. A job that
+        has stalled ends with 76. Any other error ends with its traceback (the whole job under MPI).
     """
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["train"]:

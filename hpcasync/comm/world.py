@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hpcasync.comm import failure, launch
 from hpcasync.comm.collectives import Collectives, MPICollectives, OneRank
 from hpcasync.comm.host_ranks import HostRanks
+from hpcasync.comm.signs import GATHER, MESSAGE
 from hpcasync.errors import UsageError
+
+if TYPE_CHECKING:  # which holds a World
+    from hpcasync.comm.stall import Watch
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class World:
         leaders: communicator of the ranks with ``local_rank == 0``; ``None`` on the others.
         collectives: broadcast, allreduce, barrier over all ranks.
         hosts: the ranks set aside to serve the stores, which are not counted above; ``None`` without.
+        watch: over ranks that hang (``hpcasync.comm.stall``); ``None`` without.
     """
 
     rank: int = 0
@@ -51,10 +58,19 @@ class World:
     leaders: Any = None
     collectives: Collectives = field(default_factory=OneRank)
     hosts: HostRanks | None = None
+    watch: Watch | None = None
 
     def gather(self, value: Any) -> list[Any]:
         """The pickled ``value`` of every rank, in rank order, on every rank. Collective."""
-        return [value] if self.comm is None else list(self.comm.allgather(value))
+        return [value] if self.comm is None else list(self.within(self.comm.allgather, value, kind=GATHER))
+
+    def within(self, work: Callable[..., Any], *args: Any, kind: int = MESSAGE) -> Any:
+        """``work(*args)``, in which this rank may have to wait for others: told to the watch."""
+        return work(*args) if self.watch is None else self.watch.signs.within(kind, work, *args)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """Inside, what this rank does is called so by the watch: one of ``hpcasync.comm.signs.PHASES``."""
+        return nullcontext() if self.watch is None else self.watch.signs.phase(name)
 
 
 _world: World | None = None

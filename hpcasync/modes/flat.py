@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,10 @@ class FlatParameters:
             p.data = view
             changed = True
         return changed
+
+    def places(self) -> Iterator[tuple[str, Tensor, int, int]]:
+        """Name, parameter, start and size of each in the buffer."""
+        return zip(self.names, self.params, self.layout.starts, self.layout.sizes, strict=True)
 
     def mark(self) -> None:
         """Take the present values as known, for ``changed_outside``."""

@@ -53,8 +53,7 @@ class _Block:
 
     def frozen(self) -> list[tuple[slice, np.ndarray]]:
         """Where the frozen parameters lie in the host buffer, and their values."""
-        places = zip(self.flat.params, self.flat.layout.starts, self.flat.layout.sizes, strict=True)
-        parts = [slice(start, start + size) for p, start, size in places if not p.requires_grad]
+        parts = [slice(start, start + size) for _, p, start, size in self.flat.places() if not p.requires_grad]
         return [(part, self.host[part].copy()) for part in parts]
 
     def keep(self, frozen: list[tuple[slice, np.ndarray]]) -> None:
@@ -99,6 +98,10 @@ class KStep(Wrapper):
         UsageError: options out of range, no trainable parameter, a dtype that is not float32 or float64, ranks that
             disagree.
 
+    Attributes:
+        averages: made so far.
+        averaging: the models are being summed, in place: no rank's own is whole.
+
     Source: Cong, Liu, MLHPC 2020, doi 10.1109/MLHPCAI4S51975.2020.00011 (block momentum); block learning rate as in
     BMUF; Nesterov form as DiLoCo's outer step.
     """
@@ -125,6 +128,7 @@ class KStep(Wrapper):
         super().__init__(optimizer, world=world, model=model, on_nonfinite=on_nonfinite, collectives=collectives, facts=facts)
         self._check = FiniteCheck(self.params, self.world.threads)
         self.averages = 0
+        self.averaging = False
         self._since = 0  # local steps since the last average
         self._blocks = [
             _Block([(p, n) for p, n in zip(self.params, self.names, strict=True) if p.dtype == dtype], self.collectives)
@@ -178,12 +182,11 @@ class KStep(Wrapper):
         Args:
             plain: without block momentum and block learning rate.
         """
-        self._since = 0
-        self.averages += 1
         if self.world.size > 1:
             with self.share.phase("wait"):
                 self.collectives.barrier()
         with self.share.phase("communicate"):
+            self.averaging = True
             for block in self._blocks:
                 block.fetch()
                 frozen = block.frozen()
@@ -191,6 +194,9 @@ class KStep(Wrapper):
                 self.options.apply(block.host, block.anchor, block.velocity, self.world.size, plain=plain)
                 block.keep(frozen)
                 block.put_back()
+            self.averaging = False
+            self._since = 0
+            self.averages += 1
             if self.options.inner_state == "reset":
                 self.inner.state.clear()
             elif self.options.inner_state == "average":
@@ -202,6 +208,14 @@ class KStep(Wrapper):
         for block in self._blocks:
             found |= layer_norms(block.velocity, block.flat.layout, block.flat.names)
         return found
+
+    def agreed(self) -> dict[str, Tensor]:
+        """The model after the last average, by name: copies in host memory."""
+        return {
+            name: torch.from_numpy(block.anchor[start : start + size].copy()).view(p.shape)
+            for block in self._blocks
+            for name, p, start, size in block.flat.places()
+        }
 
     def synchronize(self) -> None:
         """Average what is left of a block, and the buffers, so that all ranks have the same model. Collective."""

@@ -131,6 +131,19 @@ def rank_state(mode: Mode, clock: int) -> dict[str, Any]:
     }
 
 
+def alone_state(mode: Wrapper) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``shared_state`` and ``rank_state`` by this rank alone, whose thread is held in an operation of the mode.
+
+    In mode sync the model is that before the step under way, the same on all ranks. In mode kstep it is this rank's own,
+    within its block; while models are being summed in place it is the one after the last average.
+    """
+    own = rank_state(mode, 0)
+    if isinstance(mode, KStep) and mode.averaging:
+        own["parameters"] = mode.agreed()
+        own["optimizer"]["hpcasync"]["since"] = 0
+    return {"model": own["parameters"] | own["rest"]}, own
+
+
 def restore(mode: Mode, shared: Any, own: Any, *, same: bool, mean: Mean) -> tuple[str, ...]:
     """Bring both states back. Collective.
 

@@ -11,7 +11,9 @@ from hpcasync.modes.recorder import Event
 from hpcasync.train.record_file import RankRecord
 
 _STORE = (Event.PUSH, Event.SKIP, Event.DISCARD, Event.SYNC, Event.RESUME)
-_PLACE = ("output", "name", "resume", "record", "live", "tensorboard", "keep", "checkpoint_every", "device", "threads")
+_PLACE = (
+    "output", "name", "resume", "record", "live", "tensorboard", "keep", "checkpoint_every", "stall_seconds", "device", "threads",
+)  # fmt: skip
 
 Finder = Callable[[RankRecord, RankRecord], int | None]
 

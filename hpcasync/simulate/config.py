@@ -42,7 +42,7 @@ SIMULATE_OPTIONS = (
 """What a simulation has beside the options of a run."""
 
 _LEAST = {"workers": 1, "groups": 1, "delay": 0, "eval_updates": 1, "updates": 1, "parameters": 1}
-_LIVE_ONLY = ("device", "checkpoint_every", "keep", "resume", "record", "live", "tensorboard")
+_LIVE_ONLY = ("device", "checkpoint_every", "keep", "stall_seconds", "resume", "record", "live", "tensorboard")
 _DRY = ("updates", "parameters")
 
 

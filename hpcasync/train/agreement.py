@@ -104,7 +104,8 @@ class InStep(Agreement):
             self._pace = (now - self._began) / self._ticks
         mine = np.array([bool(signals.received()), self._pace])
         both = np.empty_like(mine)
-        _wait(self._comm.Iallreduce(mine, both, op=_max()))
+        with self.world.phase("asking for signals"):
+            self.world.within(_wait, self._comm.Iallreduce(mine, both, op=_max()))
         self._ticks, self._began = 0, now
         self._stop = bool(both[0])
         self._next = int(np.clip(LOOK_SECONDS / both[1], 1, 10_000)) if both[1] else 1

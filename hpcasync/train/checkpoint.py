@@ -11,8 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from hpcasync.comm import World
 from hpcasync.errors import UsageError
 from hpcasync.modes import Hierarchical, Mode, state
+from hpcasync.modes.wrapper import Wrapper
 from hpcasync.train.checkpoint_ranks import Reading, read_ranks, write_ranks
 
 
@@ -49,19 +51,44 @@ def save_checkpoint(
         UsageError: the same on every rank: no space, no permission, or a state that can't be stored. What was at
             ``path`` stays.
     """
-    with state.idle(mode) as clock:
+    with mode.everyone.phase("a checkpoint"), state.idle(mode) as clock:
         mode.everyone.collectives.barrier()
         if isinstance(mode, Hierarchical):
             mode.settle()
         shared = state.shared_state(mode)
-        about = {**(facts or {}), "identity": state.identity(mode), "model": state.shapes(mode)}
-        own = {
-            "mode": state.rank_state(mode, clock),
-            "parts": {name: part.state_dict() for name, part in parts.items()},
-            "random": _random_state(mode),
-            "extra": extra,
-        }
-        write_ranks(Path(path), mode.everyone, about, shared, own)
+        states = {name: part.state_dict() for name, part in parts.items()}
+        own = _own(mode, state.rank_state(mode, clock), states, extra)
+        write_ranks(Path(path), mode.everyone, _about(mode, facts), shared, own)
+
+
+def save_alone(
+    path: str | os.PathLike[str], mode: Wrapper, states: Mapping[str, Any], facts: Mapping[str, Any] | None = None
+) -> None:
+    """Write a checkpoint of this rank's state alone: of a job that has stalled. Not collective.
+
+    The thread that trains is held in an operation of the mode. ``load_checkpoint`` gives all ranks this state, but for the
+    generators of random numbers; see ``modes.state.alone_state`` for what the model is.
+
+    Args:
+        path: of the file.
+        mode: a `Sync` or a `KStep`.
+        states: by name, of what is saved beside the mode.
+        facts: as for ``save_checkpoint``.
+
+    Raises:
+        UsageError: no space, no permission, or a state that can't be stored.
+    """
+    shared, own = state.alone_state(mode)
+    alone = {"rank": mode.everyone.rank, "of": mode.everyone.size}
+    write_ranks(Path(path), World(), _about(mode, facts) | {"alone": alone}, shared, _own(mode, own, states, None))
+
+
+def _about(mode: Mode, facts: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {**(facts or {}), "identity": state.identity(mode), "model": state.shapes(mode)}
+
+
+def _own(mode: Mode, own: dict[str, Any], states: Mapping[str, Any], extra: Any) -> dict[str, Any]:
+    return {"mode": own, "parts": dict(states), "random": _random_state(mode), "extra": extra}
 
 
 def load_checkpoint(path: str | os.PathLike[str], mode: Mode, **parts: Stateful) -> Any:
@@ -109,11 +136,16 @@ def restore(source: Reading, mode: Mode, parts: Mapping[str, Stateful]) -> Resto
         raise UsageError(f"checkpoint {source.path} holds no {', '.join(missing)}; it holds {', '.join(own['parts']) or 'none'}")
     reset = state.restore(mode, shared, own["mode"], same=same, mean=source.mean)
     for name, part in parts.items():
-        part.load_state_dict(own["parts"][name] if same else _elsewhere(own["parts"][name]))
-    if same:
+        saved = own["parts"][name]
+        if source.alone is not None:
+            saved = _of_this_rank(saved, part)
+        part.load_state_dict(saved if same else _elsewhere(saved))
+    if same and source.alone is None:
         _set_random_state(own["random"])
     else:
         reset = (*reset, "generators of random numbers")
+    if source.alone is not None:
+        reset = (*reset, f"what each rank had for itself: all go on with what rank {source.alone} had")
     return Restored(own["extra"], source.facts, reset)
 
 
@@ -147,6 +179,12 @@ def _shape(found: tuple[tuple[int, ...], str] | None) -> str:
 def _elsewhere(saved: Any) -> Any:
     """A part's state for another number of ranks: a loader can't go on inside an epoch."""
     return saved | {"batch": 0} if isinstance(saved, dict) and "batch_size" in saved else saved
+
+
+def _of_this_rank(saved: Any, part: Stateful) -> Any:
+    """Another rank's state of a loader as this rank's: its own part of the data."""
+    own = part.state_dict().get("part") if isinstance(saved, dict) and "batch_size" in saved else None
+    return saved if own is None else saved | {"part": own}
 
 
 def _random_state(mode: Mode) -> dict[str, Any]:

@@ -54,15 +54,15 @@ def write_ranks(path: Path, world: World, facts: dict[str, Any], shared: Any, ow
             arrays = arrays_shared | arrays
     except UsageError as error:
         problem = str(error)
-    listed = _gather(world, (problem, plain, [_entry(name, a) for name, a in arrays.items()]))
+    listed = world.within(_gather, world, (problem, plain, [_entry(name, a) for name, a in arrays.items()]))
     if listed is not None:
         problem = next((p for p, _, _ in listed if p is not None), None)
     if listed is None:
-        _send_wanted(world, arrays)
+        world.within(_send_wanted, world, arrays)
     else:
         wanted, links = _plan([entries for _, _, entries in listed] if problem is None else [[] for _ in listed])
         if world.comm is not None:
-            world.comm.scatter([[name for name, *_ in entries] for entries in wanted], root=0)
+            world.within(world.comm.scatter, [[name for name, *_ in entries] for entries in wanted])
         pieces = _pieces(world, arrays, wanted)
         try:
             if problem is None:
@@ -80,7 +80,7 @@ def write_ranks(path: Path, world: World, facts: dict[str, Any], shared: Any, ow
             pass
         if failure is not None:
             raise failure  # ends the job
-    problem = problem if world.comm is None else world.comm.bcast(problem, root=0)
+    problem = problem if world.comm is None else world.within(world.comm.bcast, problem)
     if problem is not None:
         raise UsageError(problem)
 
@@ -90,12 +90,16 @@ class Reading:
 
     Attributes:
         facts: what ``write_ranks`` was given, on every rank.
-        ranks: number of ranks that it was made by.
+        ranks: number of ranks of the job that made it.
+        alone: the rank that saved its own state only, since the others could not be reached; None for a whole checkpoint.
     """
 
     def __init__(self, world: World, path: Path, file: h5py.File | None, facts: dict[str, Any]) -> None:
         self.path, self.facts = path, facts
-        self.ranks = int(facts["ranks"])
+        alone = facts.get("alone")
+        self.alone = None if alone is None else int(alone["rank"])
+        self._states = int(facts["ranks"])
+        self.ranks = self._states if alone is None else int(alone["of"])
         self._world, self._file = world, file
 
     def same(self, ranks: int) -> bool:
@@ -107,26 +111,26 @@ class Reading:
         return None if self._file is None else unpack(self.facts["shared"], self._array)
 
     def own(self) -> Any:
-        """The tree of this rank: that of rank ``r % ranks`` of those that made the checkpoint."""
+        """The tree of this rank: that of rank ``r % ranks`` of those that made the checkpoint, or of the one that did."""
         world = self._world
         if self._file is not None:
             for rank in range(1, world.size):
-                self._send(rank, rank % self.ranks)
+                self._send(rank, rank % self._states)
             return unpack(_text(self._file, "ranks/0/state"), self._array)
-        return unpack(world.comm.recv(source=0), lambda name: self._receive())
+        return unpack(world.within(world.comm.recv), lambda name: world.within(self._receive))
 
     def mean(self, of: str) -> dict[str, np.ndarray]:
         """Per name the mean of arrays ``ranks/<every rank>/<of>/<name>``, in float64, cast back; on every rank."""
         world, file = self._world, self._file
         names = sorted(file[f"ranks/0/{of}"]) if file is not None else []
-        names = world.comm.bcast(names, root=0) if world.comm is not None else names
+        names = world.within(world.comm.bcast, names) if world.comm is not None else names
         means = {}
         for name in names:
             mean: Any = None
             if file is not None:
-                parts = [self._array(f"ranks/{r}/{of}/{name}") for r in range(self.ranks)]
+                parts = [self._array(f"ranks/{r}/{of}/{name}") for r in range(self._states)]
                 mean = np.mean([p.astype(np.float64) for p in parts], axis=0).astype(parts[0].dtype)
-            means[name] = world.comm.bcast(mean, root=0) if world.comm is not None else mean
+            means[name] = world.within(world.comm.bcast, mean) if world.comm is not None else mean
         return means
 
     def _array(self, name: str) -> np.ndarray:
@@ -165,7 +169,7 @@ def read_ranks(path: Path, world: World) -> Iterator[Reading]:
         UsageError: the same on every rank: not there, damaged, or of a newer format.
     """
     if world.rank:
-        problem, facts = world.comm.bcast(None, root=0)
+        problem, facts = world.within(world.comm.bcast, None)
         if problem is not None:
             raise UsageError(problem)
         yield Reading(world, path, None, facts)
@@ -241,7 +245,7 @@ def _pieces(world: World, arrays: Arrays, wanted: list[list[Entry]]) -> Iterator
                     yield index, arrays[name][index]
                     continue
                 piece = np.empty(size, dtype)
-                world.comm.Recv(_raw(piece), source=rank)
+                world.within(world.comm.Recv, _raw(piece), rank)
                 yield index, piece
 
 

@@ -83,6 +83,8 @@ OPTIONS = (
     Option("checkpoint_every", int, None, "steps of a rank from one checkpoint to the next, 0 for none but on a signal "
            "(default: at the end of every epoch)"),
     Option("keep", int, 2, "checkpoints that are kept, the newest ones"),
+    Option("stall_seconds", int, 600, "when no rank has moved for so long, name the ones that hang, save, and end with exit "
+           "code 76; 0: wait for ever", ("sync", "kstep")),
     Option("resume", str, None, "auto: from the newest good checkpoint in --output, if there is one; or a checkpoint's path"),
     Option("record", bool, False, "record every step, for replay and timeline; runs of mode async can be replayed bit for bit"),
     Option("live", bool, False, "a view of all ranks on a terminal, also through mpiexec; elsewhere plain lines"),
@@ -159,6 +161,7 @@ class TrainConfig:
     slow: tuple[str, ...] = ()
     checkpoint_every: int | None = None
     keep: int = 2
+    stall_seconds: int = 600
     resume: str | None = None
     record: bool = False
     live: bool = False
@@ -211,7 +214,7 @@ def make_config(*sources: Mapping[str, Any], workers: Callable[[], int] | None =
         _at_least(keys, key, least)
     for key, least in (("groups", 1), ("eval_every", 1), ("threads", 1), ("rho", 2), ("verification", 1), ("host_ranks", 1)):
         _at_least(keys, key, least)
-    for key, least in (("checkpoint_every", 0), ("keep", 1)):
+    for key, least in (("checkpoint_every", 0), ("keep", 1), ("stall_seconds", 0)):
         _at_least(keys, key, least)
     if "slow" in keys:
         parse_slow(keys["slow"], workers() if workers is not None else None, least=1)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from hpcasync.errors import UsageError
 from hpcasync.modes.recorder import Event
 from hpcasync.modes.state import idle
+from hpcasync.modes.wrapper import Wrapper
 from hpcasync.train.agreement import Decision, goes_free, make_agreement
-from hpcasync.train.checkpoint import Stateful, restore, save_checkpoint
+from hpcasync.train.checkpoint import Stateful, restore, save_alone, save_checkpoint
 from hpcasync.train.checkpoint_folder import next_checkpoint, prune, sweep
 from hpcasync.train.checkpoint_ranks import Reading
-from hpcasync.train.records import RunFolder, environment
+from hpcasync.train.records import RunFolder, environment, read_rows
 
 if TYPE_CHECKING:
     from hpcasync.train.loop import Run
@@ -39,6 +40,7 @@ class Keeper:
         self._every, self._keep = run.config.checkpoint_every, run.config.keep
         self._agreement = make_agreement(run.mode, run.survival)
         self._warned = False
+        self._path = Path(run.world.gather(str(folder.path) if folder is not None else "")[0])
         self.resumed_from, self.restarts, self.newest = "", 0, ""
         self.reset: tuple[str, ...] = ()
         if folder is not None:
@@ -83,11 +85,27 @@ class Keeper:
             self.reset = (*run.on_other_ranks(), *self.reset)
         if run.world.rank == 0:
             text = f"resumed from {source.path}: epoch {run.epoch}, step {run.step}"
+            if source.alone is not None:
+                text += f"; saved by rank {source.alone} of {source.ranks}, when another one hung"
             if source.ranks != run.world.size:
                 text += f"; made by {source.ranks} ranks, now {run.world.size}"
             if self.reset:
                 text += f". Reset: {'; '.join(self.reset)}"
             print(f"hpcasync: {text}", file=sys.stderr, flush=True)
+
+    def save_alone(self) -> Path:
+        """Write a checkpoint of this rank's state, while its thread is held in an operation that has stalled. Not collective.
+
+        The step under way is made again. Older checkpoints stay. Modes sync and kstep.
+        """
+        run = self._run
+        assert isinstance(run.mode, Wrapper)
+        states = {name: part.state_dict() for name, part in self._parts().items() if part is not run}
+        whole = run.step == len(run.batches)
+        states["loader"] |= {"epoch": run.epoch - 1 + whole, "batch": 0 if whole else run.step}
+        path = next_checkpoint(self._path)
+        save_alone(path, run.mode, states | {"run": run.state_dict(alone=True)}, self._facts())
+        return path
 
     def _meet(self, due: bool, end: bool = False) -> Decision:
         return self._run.together(lambda: self._meet_once(due, end))
@@ -146,7 +164,7 @@ class Keeper:
             "config": run.config.keys(),
             "data": run.dataset.header.checksum,
             "position": {"epoch": run.epoch, "step": run.step, "steps": run.steps},
-            "rows": self._folder.rows if self._folder is not None else [],
+            "rows": self._folder.rows if self._folder is not None else read_rows(self._path),
             "restarts": self.restarts,
             "dead": len(run.deaths),
             "environment": environment(run.world),

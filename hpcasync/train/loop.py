@@ -39,6 +39,7 @@ from hpcasync.train.record import Record
 from hpcasync.train.records import RunFolder
 from hpcasync.train.resume import check_run, find
 from hpcasync.train.slow import Slowdown, parse_slow
+from hpcasync.train.stall import watch_run, watched
 from hpcasync.train.step_log import StepLog
 from hpcasync.train.survive import Survival
 
@@ -57,6 +58,12 @@ def train(config: TrainConfig) -> Outcome:
     if signals.installed():
         signals.install()  # again: MPI may have put handlers of its own there
     agree(world, {"--" + k.replace("_", "-"): v for k, v in config.keys().items()})
+    with watched(config, world) as world:
+        return _prepared(config, world)
+
+
+def _prepared(config: TrainConfig, world: World) -> Outcome:
+    """Find the data, the model, the folder and what to go on from, then train."""
     factors = _together(world, lambda: parse_slow(config.slow, world.size, least=1))
     _together(world, lambda: check_tensorboard(config.tensorboard))
     dataset, batches, model = _together(world, lambda: prepare(config, world))
@@ -107,6 +114,7 @@ def _train(
         if config.resume is not None:
             rows = source.facts["rows"] if source is not None else []
             _together(world, lambda: folder.begin(rows) if folder is not None else None)
+        watch_run(mode, keeper)
         if config.record:
             try:
                 run.begin_record(path, keeper)
@@ -291,12 +299,13 @@ class Run:
             self.progress.meets()
             if stop or keeper.end_of_epoch():
                 return next(filter(None, self.together(lambda: self.world.gather(signals.received()))))
-            self.together(self.mode.synchronize)
+            with self.world.phase("the meeting at the end of an epoch"):
+                self.together(self.mode.synchronize)
             self.log.meeting()
-            self.samples += self.seen
             if self._evaluates():
-                with self.span(Event.EVALUATE):
+                with self.world.phase("evaluation"), self.span(Event.EVALUATE):
                     self.together(lambda: self._evaluate(self.epoch, np.array([self.loss, self.seen])))
+            self.samples += self.seen  # last: a state that is saved before has not counted them
             self.epoch, self.step, self.loss, self.seen = self.epoch + 1, 0, 0.0, 0
             keeper.after_epoch()
         return ""
@@ -354,7 +363,7 @@ class Run:
         world = self.world
         test_loss, accuracy = evaluate(self.model, self.dataset, world)
         world.collectives.allreduce(loss)
-        totals = np.array([self.samples, self.mode.updates], np.float64)
+        totals = np.array([self.samples + self.seen, self.mode.updates], np.float64)
         world.collectives.allreduce(totals)
         totals += [sum(dead[name] for dead in self.deaths) for name in ("samples", "updates")]
         seconds = max(world.gather(self.mode.share.seconds))
@@ -374,17 +383,21 @@ class Run:
             self.folder.add(self.row)
         self.progress.evaluated(self.row, totals[0] / seconds)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the run is, on this rank; in mode async ranks are in different places. Collective."""
+    def state_dict(self, *, alone: bool = False) -> dict[str, Any]:
+        """Where the run is, on this rank; in mode async ranks are in different places. Collective.
+
+        Args:
+            alone: not collective, the others are taken to be where this rank is; without the record.
+        """
         share, mode = self.mode.share, self.mode
         own = {"samples": self.samples, "updates": mode.updates, "skipped": mode.skipped, "counts": mode.staleness.counts}
         return {
             "place": {name: getattr(self, name) for name in _PLACE},
             "share": (share.seconds, share.communicate, share.wait),
             "own": own,
-            "everyone": self.world.gather(own),
+            "everyone": [own] * self.world.size if alone else self.world.gather(own),
             "inside": self.inside.state_dict(),
-            "record": None if self.record is None else self.record.state_dict(),
+            "record": None if self.record is None or alone else self.record.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

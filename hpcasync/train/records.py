@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -145,6 +146,15 @@ def read_ranks(folder: Path) -> list[dict[str, Any]]:
             total = rank["compute"] + rank["communicate"] + rank["wait"]
             rank["share"] = {k: rank[k] / total if total else 0.0 for k in ("compute", "communicate", "wait")}
     return ranks
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    """The evaluations of a run so far; none where the file can't be read."""
+    rows = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            rows.append(json.loads(line))
+    return rows
 
 
 def to_json(value: dict[str, Any], **options: Any) -> str:

@@ -13,8 +13,8 @@ from hpcasync.train.checkpoint_folder import newest_good
 from hpcasync.train.config import TrainConfig
 
 FREE = (
-    "output", "name", "resume", "checkpoint_every", "keep", "eval_every", "device", "threads", "data", "progress",
-    "collectives", "epochs", "model", "record", "slow", "live", "tensorboard",
+    "output", "name", "resume", "checkpoint_every", "keep", "stall_seconds", "eval_every", "device", "threads", "data",
+    "progress", "collectives", "epochs", "model", "record", "slow", "live", "tensorboard",
 )  # fmt: skip
 """Keys that may be others when a run goes on; data are compared by their checksum, the model by its tensors."""
 

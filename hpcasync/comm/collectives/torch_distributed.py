@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import os
 import socket
-import struct
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hpcasync.comm.addresses import addresses, interface_of
 from hpcasync.comm.agree import raise_together
 from hpcasync.comm.collectives.base import Buffer, Done, OverMPI, Pending, as_array, host_buffers
 from hpcasync.comm.failure import leaving_in_error
@@ -26,8 +25,6 @@ CONNECT_SECONDS = 3.0
 
 TIMEOUT = timedelta(minutes=30)
 """After so long torch gives a collective up."""
-
-_SIOCGIFADDR = 0x8915
 
 
 def problem(world: World) -> str | None:
@@ -116,22 +113,21 @@ def _initialise(world: World) -> None:
     if world.rank == 0:
         host = "127.0.0.1" if world.nodes == 1 else "0.0.0.0"
         store = dist.TCPStore(host, 0, world.size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-    offers = world.gather((store.port, _addresses()) if store is not None else None)[0]
-    port, addresses = offers
+    port, offered = world.gather((store.port, addresses()) if store is not None else None)[0]
     chosen, problem = None, None
     if world.nodes == 1:
         chosen = ("127.0.0.1", "lo")
     elif world.rank > 0:
-        chosen = _reach(addresses, port)
+        chosen = _reach(offered, port)
         if chosen is None:
             problem = (
                 f"--collectives torch: rank {world.rank} on {socket.gethostname()} reaches rank 0 at none of "
-                f"{', '.join(addresses)}, port {port}; name the network's interface: GLOO_SOCKET_IFNAME=eth0"
+                f"{', '.join(offered)}, port {port}; name the network's interface: GLOO_SOCKET_IFNAME=eth0"
             )
     raise_together(world, problem)
     everyone = world.gather(chosen)
     if chosen is None:
-        chosen = (everyone[-1][0], _interface_of(everyone[-1][0]))
+        chosen = (everyone[-1][0], interface_of(everyone[-1][0]))
     host, interface = chosen
     if interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -146,34 +142,12 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _addresses() -> list[str]:
-    """Where this host may be reached: the interface that the user named, else all but the loopback."""
-    named = os.environ.get("GLOO_SOCKET_IFNAME")
-    names = [named] if named else [name for _, name in socket.if_nameindex() if name != "lo"]
-    return [address for address in map(_address_of, names) if address]
-
-
-def _address_of(interface: str) -> str:
-    """The IPv4 address of an interface; empty if it has none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        except OSError:
-            return ""
-    return socket.inet_ntoa(found[20:24])
-
-
-def _interface_of(address: str) -> str:
-    """The interface that has this address; empty if none has."""
-    return next((name for _, name in socket.if_nameindex() if _address_of(name) == address), "")
-
-
-def _reach(addresses: Sequence[str], port: int) -> tuple[str, str] | None:
+def _reach(offered: Sequence[str], port: int) -> tuple[str, str] | None:
     """The first address that answers, and the interface on the way there."""
-    for address in addresses:
+    for address in offered:
         try:
             with socket.create_connection((address, port), CONNECT_SECONDS) as connection:
-                return address, _interface_of(connection.getsockname()[0])
+                return address, interface_of(connection.getsockname()[0])
         except OSError:
             continue
     return None
