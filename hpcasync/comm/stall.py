@@ -46,6 +46,9 @@ from hpcasync.comm.world import World
 EXIT_CODE = 76
 """Of a job that has stalled; with a checkpoint, if it says so."""
 
+SILENT = 0.8
+"""Part of the limit after which a rank that is not heard of counts as frozen, although it had come."""
+
 FIRST, FIRST_SECONDS = 10, 1800.0
 """Until every rank has made a step the limit is so many times as long, but at most so many seconds: compilation, data."""
 
@@ -113,7 +116,7 @@ def judge(
     stopped = {rank for rank, state in states.items() if state in ("", "T", "t", "Z", "X")}
     ranks = [r for r in range(len(lines)) if lines[r, STATE] != LEFT]
     unheard = [r for r in ranks if lines[r, BEAT] == 0 and r not in stopped]
-    frozen = {r for r in ranks if r in stopped or silent[r] >= seconds / 2}
+    frozen = {r for r in ranks if r in stopped or silent[r] >= SILENT * seconds}
     here = [r for r in ranks if lines[r, WAITS] and r not in frozen]
     if not here or here[0] != me:
         return None
