@@ -166,7 +166,7 @@ class Keeper:
             "position": {"epoch": run.epoch, "step": run.step, "steps": run.steps},
             "rows": self._folder.rows if self._folder is not None else read_rows(self._path),
             "restarts": self.restarts,
-            "dead": len(run.deaths),
+            "deaths": run.deaths,
             "environment": environment(run.world),
             "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }

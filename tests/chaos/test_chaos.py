@@ -1,0 +1,175 @@
+"""Runs of mode async at 4 ranks through random kills, stops, full and read-only folders and jumps of the clock.
+
+Two rounds in the suite; ``HPCASYNC_CHAOS=50 pytest tests/chaos`` goes on. A failing round is repeated by its seed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from hpcasync.comm import World
+from hpcasync.train.checkpoint_folder import checkpoints
+from hpcasync.train.checkpoint_ranks import read_ranks
+from tests.launch.survivors import SurvivingJob
+from tests.mpi import LANES, require_lane
+
+ROUNDS = int(os.environ.get("HPCASYNC_CHAOS", "2"))
+LIMIT = 120
+"""Seconds that a wait of a round may take, on a busy machine."""
+RULES = ("asgd", "trend-smooth", "gsgm", "apam", "easgd", "hogwild")
+DISK = 16 << 20
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <time.h>
+
+static const volatile long *offset;
+
+int clock_gettime(clockid_t id, struct timespec *found) {
+    static int (*real)(clockid_t, struct timespec *);
+    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+    int code = real(id, found);
+    if (id == CLOCK_REALTIME && offset) found->tv_sec += *offset;
+    return code;
+}
+
+__attribute__((constructor)) static void begin(void) {
+    const char *path = getenv("HPCASYNC_TEST_CLOCK");
+    void *page = path ? mmap(0, sizeof(long), PROT_READ, MAP_SHARED, open(path, O_RDONLY), 0) : MAP_FAILED;
+    if (page != MAP_FAILED) offset = page;
+}
+"""
+"""The wall clock of a process, off by the seconds in a file. (libfaketime makes Python's sleep fail.)"""
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of its own, which may be filled."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "hpcasync-chaos", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"needs root to mount a small file system: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """A library that sets the wall clock of a process, None without a compiler: then no clock jumps."""
+    compiler, folder = shutil.which("cc"), tmp_path_factory.mktemp("clock")
+    if compiler is None:
+        return None
+    (folder / "clock.c").write_text(CLOCK)
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "clock.so", folder / "clock.c", "-ldl"], check=True)
+    return folder / "clock.so"
+
+
+class Chaos:
+    """What may happen to a job; each method is one mishap, and over when it returns, but for a death."""
+
+    def __init__(self, job: SurvivingJob, disk: Path, clock: Path, chance: random.Random) -> None:
+        self.job, self.disk, self.clock, self.chance = job, disk, clock, chance
+        self.alive, self.disturbed = [1, 2, 3], False
+
+    def kill(self) -> str:
+        if not self.alive:
+            return "nobody left to kill"
+        rank = self.alive.pop(self.chance.randrange(len(self.alive)))
+        self.job.send(rank)
+        return f"rank {rank} killed"
+
+    def stop(self) -> str:
+        rank = self.chance.choice([0, *self.alive])
+        self.job.send(rank, signal.SIGSTOP)
+        time.sleep(self.chance.uniform(0.1, 1))
+        self.job.send(rank, signal.SIGCONT)
+        return f"rank {rank} stopped for a while"
+
+    def kill_stopped(self) -> str:
+        if not self.alive:
+            return "nobody left to kill"
+        rank = self.chance.choice(self.alive)
+        self.job.send(rank, signal.SIGSTOP)
+        time.sleep(self.chance.uniform(0, 0.5))
+        self.alive.remove(rank)
+        self.job.send(rank)
+        return f"rank {rank} stopped, then killed"
+
+    def full(self) -> str:
+        self.disturbed = True
+        block = self.disk / "block"
+        try:
+            with open(block, "wb") as file:
+                while True:
+                    file.write(bytes(1 << 16))
+                    file.flush()
+        except OSError:
+            pass
+        time.sleep(self.chance.uniform(0.1, 1))
+        block.unlink()
+        return "disk full for a while"
+
+    def read_only(self) -> str:
+        self.disturbed = True
+        subprocess.run(["mount", "-o", "remount,ro", str(self.disk)], capture_output=True)  # busy: not then
+        time.sleep(self.chance.uniform(0.1, 1))
+        subprocess.run(["mount", "-o", f"remount,rw,size={DISK}", str(self.disk)], check=True)
+        return "folder read-only for a while"
+
+    def jump(self) -> str:
+        days = self.chance.choice([-400, -1, 1, 4000])
+        with open(self.clock, "r+b") as file:  # in place: it is mapped
+            file.write(struct.pack("<q", 86400 * days))
+        return f"clock off by {days} days"
+
+
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_a_round(seed: int, tmp_path: Path, shim: Path | None) -> None:
+    chance = random.Random(seed)
+    lane = require_lane(LANES[seed % len(LANES)])
+    clock, did = tmp_path / "clock", []
+    clock.write_bytes(bytes(8))
+    env = {"HPCASYNC_TEST_CLOCK": str(clock), "LD_PRELOAD": str(shim)} if shim is not None else {}
+    words = ["--epochs", "100000", "--batch", "4", "--rule", chance.choice(RULES), "--checkpoint-every", "40", "--record"]
+    with small_disk(tmp_path / "disk") as disk:
+        with SurvivingJob(lane, disk / "run", *words, env=env) as job:
+            job.wait_epochs(1, LIMIT)
+            chaos = Chaos(job, disk, clock, chance)
+            mishaps: list[Callable[[], str]] = [chaos.kill, chaos.stop, chaos.kill_stopped, chaos.full, chaos.read_only]
+            mishaps += [chaos.jump] if shim is not None else []
+            for mishap in [chaos.kill, *chance.choices(mishaps, k=4)]:
+                if job.process.poll() is None:
+                    did.append(mishap())
+                    time.sleep(chance.uniform(0, 0.4))
+            if job.process.poll() is None:
+                job.process.send_signal(signal.SIGTERM)
+            code, _, err = job.end(LIMIT)
+        # A disk that is full or read-only when the curve is written ends the run, with a word; nothing else does.
+        assert code == 75 or (code == 2 and chaos.disturbed and "can't write" in err), (did, code, err)
+        whole = 0
+        for path in checkpoints(disk / "run"):
+            with read_ranks(path, World()) as source:  # checks every byte
+                versions, everyone = source.shared()["versions"], source.own()["parts"]["run"]["everyone"]
+                dead = source.facts["deaths"]
+                pushed = sum(own["updates"] for own in everyone) + sum(death["updates"] for death in dead)
+                if words[5] not in ("hogwild", "easgd"):  # those lose updates, or count them elsewhere, by their nature
+                    assert (versions >= pushed).all() and (versions <= pushed + len(dead)).all(), (did, versions, pushed)
+            whole += 1
+        assert whole, (did, err)
+        assert not [p.name for p in (disk / "run").iterdir() if p.suffix == ".tmp"] or code == 2
