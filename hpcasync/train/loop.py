@@ -129,7 +129,7 @@ def _train(
         stopped = run.epochs(keeper)
     if stopped:
         keeper.close()
-        mode.close()
+        run.together(mode.close)
         if run.record is not None:
             run.record.close()
         about = {"epoch": run.epoch, "step": run.step, "checkpoint": keeper.newest, "restarts": keeper.restarts}
@@ -440,7 +440,7 @@ class Run:
         """At the begin of an epoch: deal the data anew if ranks have died since it was dealt."""
         if self.batches.size == self.world.size:
             return
-        self.batches = survival.deal(self._first_batches)
+        self.batches = self._first_batches.among(survival.star.members)
         self.steps = (self.epoch - 1) * len(self.batches)
         self.progress.dealt(len(self.batches), self.steps)
         self._place_schedule()

@@ -20,7 +20,6 @@ from hpcasync.comm import World, failure
 from hpcasync.comm.collectives.over_star import OverStar
 from hpcasync.comm.shared_memory import shared_rows
 from hpcasync.comm.star import RankDied, Star
-from hpcasync.data import Loader
 from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Mode
 from hpcasync.modes.state import idle
@@ -136,14 +135,6 @@ class Survival:
         self.world = replace(self._first, **here, comm=star, node_comm=star, leaders=None, collectives=OverStar(star))
         self._mode.world = self._mode.everyone = self.world
         self._store.regroup(self.world)
-
-    def deal(self, batches: Loader) -> Loader:
-        """The share of this rank: of all samples, or its own part and as much of the parts of the dead as each other takes.
-
-        Args:
-            batches: as they were dealt to all ranks at the start.
-        """
-        return batches.among(self.star.members)
 
 
 def _leave() -> None:
