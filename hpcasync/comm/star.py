@@ -6,6 +6,7 @@ that all living ranks come to the same: either each has the result, or each gets
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
@@ -14,9 +15,7 @@ import struct
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,7 +55,10 @@ class Star:
         self._died = died
         self._burying = threading.Lock()
         self._links: dict[int, socket.socket] = {}
-        address = comm.bcast(str(Path(tempfile.gettempdir()) / f"hpcasync-{uuid.uuid4().hex}"))
+        # In a folder that only this user enters, with a name that a socket may have.
+        folder = tempfile.mkdtemp(prefix="hpcasync-", dir=_short_folder()) if self._me == 0 else None
+        folder = comm.bcast(folder)
+        address = f"{folder}/star"
         if self._me == 0:
             server = socket.socket(socket.AF_UNIX)
             server.bind(address)
@@ -64,9 +66,10 @@ class Star:
             comm.Barrier()
             for _ in range(1, comm.size):
                 link, _ = server.accept()
-                self._links[struct.unpack("<q", _exactly(link, 8))[0]] = link
+                self._links[struct.unpack("<q", link.recv(8, socket.MSG_WAITALL))[0]] = link
             server.close()
             os.unlink(address)
+            os.rmdir(folder)
         else:
             comm.Barrier()
             link = socket.socket(socket.AF_UNIX)
@@ -124,7 +127,7 @@ class Star:
         rank = self.members[source]
         try:
             self._await(rank)
-            data = self._receive(self._links[rank], pickled=False)
+            data = self._receive(rank, pickled=False)
         except OSError:
             self._lost(rank)
             raise RankDied([rank]) from None
@@ -145,6 +148,13 @@ class Star:
             except RankDied:
                 continue
 
+    def outlast(self) -> None:
+        """Wait for rank 0's end, on the others."""
+        if self._me:
+            with contextlib.suppress(OSError):
+                while self._links[0].recv(1):
+                    pass
+
     # Both halves of an operation.
 
     def _meet(
@@ -159,7 +169,7 @@ class Star:
             link = self._links[0]
             self._send(link, value)
             self._await(0, meanwhile)
-            fine, result = self._receive(link)
+            fine, result = self._receive(0)
             if not fine:
                 raise RankDied(result)
             return result
@@ -169,7 +179,7 @@ class Star:
         for rank in self.members[1:]:
             try:
                 self._await(rank, meanwhile)
-                found[rank] = self._receive(self._links[rank])
+                found[rank] = self._receive(rank)
             except OSError:
                 self._lost(rank)
         dead = [r for r in self.members if r in self.deaths]
@@ -199,14 +209,25 @@ class Star:
         link.sendall(_HEAD.pack(self._generation, len(data), True))
         link.sendall(data)
 
-    def _receive(self, link: socket.socket, pickled: bool = True) -> Any:
+    def _receive(self, rank: int, pickled: bool = True) -> Any:
         """The next message of this kind and generation; others were of an operation that somebody's death ended."""
         while True:
-            generation, size, is_pickle = _HEAD.unpack(_exactly(link, _HEAD.size))
-            data = _exactly(link, size)
+            generation, size, is_pickle = _HEAD.unpack(self._exactly(rank, _HEAD.size))
+            data = self._exactly(rank, size)
             if generation >= self._generation and is_pickle == pickled:
                 # Of our own ranks, over a socket that only they have.
                 return pickle.loads(data) if pickled else data
+
+    def _exactly(self, rank: int, size: int) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            self._await(rank)  # a forked child of a dead rank may hold its socket open
+            count = self._links[rank].recv_into(view)
+            if not count:
+                raise ConnectionResetError("the other end has died")
+            view = view[count:]
+        return data
 
     # Deaths.
 
@@ -229,12 +250,7 @@ class Star:
                 self.deaths[rank] = now
 
 
-def _exactly(link: socket.socket, size: int) -> bytearray:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = link.recv_into(view)
-        if not count:
-            raise ConnectionResetError("the other end has died")
-        view = view[count:]
-    return data
+def _short_folder() -> str:
+    """The folder for temporary files, or another one: the name of a Unix socket has room for 107 bytes."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) < 80 else next(f for f in ("/dev/shm", "/tmp") if os.access(f, os.W_OK))

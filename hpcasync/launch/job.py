@@ -16,7 +16,8 @@ from typing import Any
 from hpcasync.errors import UsageError
 from hpcasync.launch.library import Library
 from hpcasync.launch.processes import SHARED, TOKEN, Ledger, end, processes, ranks, segments, send
-from hpcasync.train.launched import FOLDER, SURVIVE, TRAINING
+from hpcasync.train.launched import FOLDER, RESTARTED, SURVIVE, TRAINING
+from hpcasync.train.signals import EXIT_CODE
 
 LOOK_SECONDS = 0.2
 PER_RANK = 6 << 20
@@ -48,7 +49,7 @@ class Job:
 
     def __init__(self, library: Library, count: int, program: list[str], survive: bool = False) -> None:
         self._library, self._count, self._program, self._survive = library, count, program, survive
-        self._token, self._received = "", 0
+        self._token, self._received, self._passed_on = "", 0, False
 
     @property
     def asked_to_stop(self) -> bool:
@@ -79,6 +80,8 @@ class Job:
         looked = 0.0
         while process.poll() is None:
             time.sleep(LOOK_SECONDS)
+            if self._received and not self._passed_on:
+                self._tell_ranks()
             if time.monotonic() - looked > 5 * LOOK_SECONDS:
                 looked = time.monotonic()
                 ledger.note(segments(processes(self._token)))
@@ -95,14 +98,21 @@ class Job:
         self._received = number
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        send(ranks(self._token), signal.SIGTERM if self._survive else number)
+        self._passed_on = False
+        self._tell_ranks()
+
+    def _tell_ranks(self) -> None:
+        """Pass the signal on; again later if there are no ranks yet."""
+        there = ranks(self._token)
+        send(there, signal.SIGTERM if self._survive else self._received)
+        self._passed_on = bool(there)
 
 
 def run_with_restarts(job: Job, again: Job, restarts: int) -> int:
     """Run ``job``; when it dies, ``again``, at most so many times. Bad input and a stop on request are no death."""
     code = job.run()
     for attempt in range(1, restarts + 1):
-        if code in (0, 2) or job.asked_to_stop:
+        if code in (0, 2, EXIT_CODE) or job.asked_to_stop:
             return code
         print(
             f"hpcasync: the job died with exit code {code}; restart {attempt} of {restarts} from the newest checkpoint",
@@ -110,6 +120,7 @@ def run_with_restarts(job: Job, again: Job, restarts: int) -> int:
             flush=True,
         )
         job = again
+        os.environ[RESTARTED] = "1"
         code = job.run()
     return code
 

@@ -260,6 +260,11 @@ class Async(Mode):
         self._check.close()
         self.store.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether this optimizer is done."""
+        return self._closed
+
     def _close_at_exit(self) -> None:
         """Close for a script that forgot to: the others' bound on staleness must not wait for a rank that has gone."""
         if not leaving_in_error():

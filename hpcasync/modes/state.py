@@ -60,7 +60,7 @@ def identity(mode: Mode) -> dict[str, Any]:
 @contextmanager
 def idle(mode: Mode) -> Iterator[int]:
     """Inside, nobody waits for this rank: neither for a bound on staleness nor for its turn. Yields the rank's clock."""
-    if not isinstance(mode, Async):
+    if not isinstance(mode, Async) or mode.closed:
         yield 0
         return
     rank = mode._worker.index

@@ -49,7 +49,10 @@ def _made_by_nobody(records: Sequence[RankRecord]) -> list[tuple[int, int]]:
 def _may_have_made(record: RankRecord, shard: int, version: int) -> bool:
     """Whether the rank was in a step that it recorded no event of, and had not seen that version."""
     events = record.events
-    begun = len(record.steps) > (int(events["step"][-1]) if len(events) else 0)
+    if record.facts["config"].get("guided"):  # a step of its has several pushes
+        return False
+    ended = events["step"][np.isin(events["kind"], (Event.PUSH, Event.SKIP, Event.DISCARD))]
+    begun = len(record.steps) > (int(ended[-1]) if len(ended) else 0)
     return begun and (not len(events) or version > int(record.versions[-1, shard]))
 
 

@@ -123,7 +123,7 @@ class Replay:
         outcome.complete = all(closed) and all(r.done for r in self.ranks)
         if until is None and not outcome.complete:
             outcome.stopped_at = [{"rank": i, "step": int(r.event["step"])} for i, r in enumerate(self.ranks) if not r.done]
-            if all(closed):
+            if all(closed) and not self._dead:  # nobody knows what a rank did that was killed inside an update
                 self._differs("order", self.ranks[outcome.stopped_at[0]["rank"]], "an update", "none that can follow")
         self._compare_end()
         return outcome

@@ -106,7 +106,7 @@ def _read_finished(run: Run) -> None:
         run.curves = {name: file[f"curves/{name}"][:] for name in CURVES}
         run.inside = {n: (json.loads(data.attrs["columns"]), data[:]) for n, data in file.get("inside", {}).items()}
         run.ranks = {name: values[:] for name, values in file["ranks"].items()}
-        run.ranks["rank"] = np.arange(len(run.ranks["seconds"]))
+        run.ranks.setdefault("rank", np.arange(len(run.ranks["seconds"])))
 
 
 def _read_unfinished(run: Run) -> None:

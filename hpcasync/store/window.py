@@ -111,6 +111,8 @@ class WindowStore(Store):
         Returns:
             The shards that it held: their last update may have been applied in part, and is not counted.
         """
+        if not self._open:  # the run is over: nobody waits for anything
+            return []
         self.set_clock(worker, IDLE)
         return [k for k in range(len(self.layout.shards)) if exchange(self._words, LINE * k + LOCK, worker + 1, 0)]
 

@@ -104,7 +104,7 @@ class Reading:
 
     def same(self, ranks: int) -> bool:
         """Whether so many ranks can go on as those that made it: each with its own state, inside the epoch. Not collective."""
-        return self.ranks == ranks and not self.facts.get("deaths")
+        return self.ranks == ranks and not self.facts.get("dead")
 
     def shared(self) -> Any:
         """The shared tree on rank 0, None on the others. Not collective."""

@@ -68,8 +68,10 @@ class Inside:
         if self._shrinks is not None:
             found["shrink_share"] = dict(self._shrinks.shrink_shares)
         if isinstance(mode, Async) and mode.rule.in_turn:
-            before, self._out_of_turn = self._out_of_turn, self._count()
-            found["out_of_turn"] = {f"rank {i}": float(n) for i, n in enumerate(gather(self._out_of_turn - before))}
+            now = self._count()
+            told = gather((mode._worker.index, now - self._out_of_turn))
+            found["out_of_turn"] = {f"rank {i}": float(n) for i, n in told}
+            self._out_of_turn = now
         if self._guided:
             found["scores"] = spread(score for own in gather(list(self._scores)) for score in own)
             self._scores.clear()

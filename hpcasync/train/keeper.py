@@ -81,6 +81,7 @@ class Keeper:
         found = restore(source, run.mode, self._parts())
         self.resumed_from, self.reset = str(source.path), found.reset
         self.restarts = int(source.facts["restarts"]) + 1
+        run.earlier_deaths = source.facts.get("deaths", [])
         if not source.same(run.world.size):
             self.reset = (*run.on_other_ranks(), *self.reset)
         if run.world.rank == 0:
@@ -167,6 +168,7 @@ class Keeper:
             "rows": self._folder.rows if self._folder is not None else read_rows(self._path),
             "restarts": self.restarts,
             "deaths": run.deaths,
+            "dead": len(run.deaths) - len(run.earlier_deaths),
             "environment": environment(run.world),
             "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -141,8 +142,9 @@ def _train(
     rule = make_rule(config.rule, config.options)
     result = result_of(config, rule, ranks, run.row, seconds=max(r["seconds"] for r in ranks), nodes=world.nodes)
     result |= {"resumed_from": keeper.resumed_from or None, "restarts": keeper.restarts}
-    if survival is not None:
+    if survival is not None or run.deaths:
         result["deaths"] = run.deaths
+        result["samples_per_second"] += sum(death["samples"] for death in run.deaths) / result["seconds"]
     if keeper.reset:
         result["reset"] = list(keeper.reset)
     if config.slow:
@@ -248,6 +250,7 @@ class Run:
         self.epoch, self.step, self.steps, self.samples = 1, 0, 0, 0
         self.loss, self.seen = 0.0, 0  # of the present epoch: sum of the losses of its samples, and their number
         self.row: dict[str, Any] = {}
+        self.earlier_deaths: list[dict[str, Any]] = []  # before the checkpoint that the run goes on from
         self.log = StepLog(mode.share)
         self.inside = Inside(mode, self.guided, world)
         self.record: Record | None = None
@@ -260,8 +263,8 @@ class Run:
 
     @property
     def deaths(self) -> list[dict[str, Any]]:
-        """Of the ranks that have died; empty without `Survival`."""
-        return [] if self.survival is None else self.survival.deaths
+        """Of the ranks that have died, before the last resume too."""
+        return self.earlier_deaths + ([] if self.survival is None else self.survival.deaths)
 
     def together(self, meeting: Callable[[], T]) -> T:
         """Hold a meeting, with `Survival` again from its start when a rank dies in it. Collective."""
@@ -277,6 +280,14 @@ class Run:
         across = isinstance(mode, Async) and mode.world.nodes > 1 and mode.rule.in_turn  # the rounds begin anew
         broken = self._recorded is None or self._recorded["full"] or bool(keeper.reset) or across
         if resumed and any(self.world.gather(broken)):
+            if launched.restarted():
+                if self.world.rank == 0:
+                    print(
+                        f"hpcasync: warning: {keeper.resumed_from} can't be gone on from with a record: the run goes on without",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                return
             raise UsageError(
                 f"--record: {keeper.resumed_from} can't be gone on from with a record, which has to be whole from the first step "
                 "on, with the same ranks; leave --record out, or start anew"
@@ -298,7 +309,7 @@ class Run:
             stop = self._epoch(keeper)
             self.progress.meets()
             if stop or keeper.end_of_epoch():
-                return next(filter(None, self.together(lambda: self.world.gather(signals.received()))))
+                return next(filter(None, self.together(lambda: self.world.gather(signals.received()))), "SIGTERM")
             with self.world.phase("the meeting at the end of an epoch"):
                 self.together(self.mode.synchronize)
             self.log.meeting()

@@ -217,7 +217,8 @@ class Record:
         Twice as many, since what is not used costs nothing.
         """
         run, config = self._run, self._run.config
-        steps = 2 * config.epochs * len(run.batches)
+        ranks = run.world.size if run.survival is not None else 1  # an epoch of the last one is so many times as long
+        steps = 2 * config.epochs * len(run.batches) * ranks
         rho = config.rho
         updates = steps + (steps // rho + 1) * most_replays(rho) if run.guided is not None else steps
         saves = steps // config.checkpoint_every if config.checkpoint_every else 0

@@ -102,6 +102,7 @@ class RunFolder:
             for name, (columns, values) in inside_tables(self.rows).items():
                 file[f"inside/{name}"] = values
                 file[f"inside/{name}"].attrs["columns"] = json.dumps(columns)
+            file["ranks/rank"] = np.array([rank.get("rank", i) for i, rank in enumerate(ranks)])  # others have died
             for name in RANK_COLUMNS:
                 file[f"ranks/{name}"] = np.array([rank[name] for rank in ranks])
             if "discarded" in ranks[0]:

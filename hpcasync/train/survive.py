@@ -56,6 +56,8 @@ class Survival:
                 f"launch --survive: mode {mode.mode} on {world.nodes} node(s); only mode async on one node outlives its ranks. "
                 "With the others use launch --max-restarts: the run goes on from its last checkpoint"
             )
+        if not hasattr(os, "pidfd_open"):
+            raise UsageError("launch --survive: needs Linux 5.3 and its pidfd_open, to hear of deaths; use launch --max-restarts")
         assert isinstance(mode.store, WindowStore)
         self._mode, self._store, self._first = mode, mode.store, world
         self._board = shared_rows(world, 8 * (CALL + 1))[:, : 8 * (CALL + 1)].view(np.int64)
@@ -66,7 +68,7 @@ class Survival:
         self.star = Star(world.comm, self._bury)
         self.world = world
         self._renumber()
-        atexit.register(_leave)
+        atexit.register(self._leave)
 
     # While the ranks train.
 
@@ -136,11 +138,12 @@ class Survival:
         self._mode.world = self._mode.everyone = self.world
         self._store.regroup(self.world)
 
-
-def _leave() -> None:
-    """At the process's end: MPI's own good-bye would wait for the dead. An error still ends the job as ever."""
-    code = failure.exit_code()
-    if code in (0, signals.EXIT_CODE):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    def _leave(self) -> None:
+        """At the process's end: MPI's own good-bye would wait for the dead. An error still ends the job as ever."""
+        code = failure.exit_code()
+        if code in (0, signals.EXIT_CODE):
+            self.together(self.star.Barrier)  # all are done: the launcher ends the job with rank 0
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self.star.outlast()  # else rank 0 would take an end for a death
+            os._exit(code)

@@ -126,10 +126,12 @@ class Chaos:
         return "disk full for a while"
 
     def read_only(self) -> str:
+        """Another file system over the folder: one with files open for writing can't become read-only."""
         self.disturbed = True
-        subprocess.run(["mount", "-o", "remount,ro", str(self.disk)], capture_output=True)  # busy: not then
+        run = str(self.job.output)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "hpcasync-chaos", run], check=True)
         time.sleep(self.chance.uniform(0.1, 1))
-        subprocess.run(["mount", "-o", f"remount,rw,size={DISK}", str(self.disk)], check=True)
+        subprocess.run(["umount", "-l", run], check=True)
         return "folder read-only for a while"
 
     def jump(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hpcasync.comm import World
 from hpcasync.train import agreement
 
 
@@ -31,7 +33,7 @@ def test_slow_steps_are_asked_about_each_also_after_the_end_of_an_epoch(monkeypa
     clock = [0.0]
     monkeypatch.setattr(agreement, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     comm = OneRank()
-    looks: Any = agreement.InStep(SimpleNamespace(everyone=SimpleNamespace(comm=comm)))  # type: ignore[arg-type]
+    looks: Any = agreement.InStep(SimpleNamespace(everyone=replace(World(), comm=comm)))  # type: ignore[arg-type]
     for epoch in range(3):
         for _ in range(4):
             clock[0] += 1.0  # seconds of a step
@@ -45,7 +47,7 @@ def test_quick_steps_are_asked_about_four_times_a_second(monkeypatch: pytest.Mon
     clock = [0.0]
     monkeypatch.setattr(agreement, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     comm = OneRank()
-    looks: Any = agreement.InStep(SimpleNamespace(everyone=SimpleNamespace(comm=comm)))  # type: ignore[arg-type]
+    looks: Any = agreement.InStep(SimpleNamespace(everyone=replace(World(), comm=comm)))  # type: ignore[arg-type]
     for _ in range(10_000):
         clock[0] += 0.001
         looks.wanted(False)
