@@ -126,6 +126,8 @@ class _Post:
 
     def __init__(self, world: World, places: list[tuple[int, str]]) -> None:
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        # Of every rank there may be a datagram in each tick; the system's default holds 256 of them.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, min(1 << 22, 2048 * max(128, world.size)))
         self._socket.bind(("", 0))
         self._socket.setblocking(False)
         self._rank = world.rank

@@ -46,7 +46,8 @@ class Inside:
 
     def last_step(self) -> None:
         """The step that is about to be made is the last one before an evaluation."""
-        if self._shrinks is not None and self._world.rank == 0:
+        # Not in mode async across nodes: reading the whole state there while others push is long, and may begin again and again.
+        if self._shrinks is not None and self._world.rank == 0 and self._mode.world.nodes == 1:
             self._shrinks.measure = True
 
     def state_dict(self) -> dict[str, Any]:
