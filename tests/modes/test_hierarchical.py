@@ -10,8 +10,9 @@ import pytest
 from hpcasync.errors import UsageError
 from hpcasync.modes.block import BlockOptions, check_delay
 from hpcasync.train.config import make_config
+from tests.comm.test_backends import need
 from tests.hosts import HostsRun
-from tests.mpi import MpiRun
+from tests.mpi import Lane, MpiRun
 
 mpich = pytest.mark.parametrize("lane", ["mpich"], indirect=True)
 
@@ -56,6 +57,13 @@ print("done")
 
 def test_two_groups_by_hand(mpirun: MpiRun) -> None:
     assert mpirun(PROGRAM, 2, args=[json.dumps(BY_HAND)]).stdout.count("done") == 2
+
+
+@pytest.mark.parametrize("collectives", ["window", "torch", "horovod"])
+def test_two_groups_by_hand_on_every_backend(mpirun: MpiRun, lane: Lane, collectives: str) -> None:
+    need(collectives, lane)
+    cases = {name: (options | {"collectives": collectives}, expected) for name, (options, expected) in BY_HAND.items()}
+    assert mpirun(PROGRAM, 2, args=[json.dumps(cases)], timeout=100).stdout.count("done") == 2
 
 
 @mpich
