@@ -98,4 +98,6 @@ def _explain(error: OSError | RuntimeError, path: Path) -> Exception:
         isinstance(error, OSError) and error.errno == errno.EROFS
     ):
         return UsageError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to")
+    if isinstance(error, FileNotFoundError) and path.name in str(error.filename):
+        return UsageError(f"cannot write {path}: its folder has gone, or holds no files; choose another folder")
     return error
