@@ -14,11 +14,11 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
+from hpcasync import proc
 from hpcasync.comm.shared_memory import shared_rows
 from hpcasync.comm.signs import (
     BEAT,
@@ -303,10 +303,8 @@ def _state(state: str | None, frozen: bool) -> str:
 
 def _process_state(pid: int) -> str:
     """One letter, see proc(5); empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return "" if os.path.isdir("/proc/self") else "R"
+    fields = proc.process_stat(pid)
+    return fields[proc.STATE] if fields else "" if os.path.isdir("/proc/self") else "R"
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from hpcasync.proc import PARENT, process_stat, started
+
 TOKEN = "HPCASYNC_LAUNCH"
 SHARED = Path("/dev/shm")
 
@@ -67,7 +69,7 @@ class Ledger:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or Path(tempfile.gettempdir()) / f"hpcasync-launch-{os.getuid()}"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._page = self._folder / f"{os.getpid()}-{_started(os.getpid())}.json"
+        self._page = self._folder / f"{os.getpid()}-{started(os.getpid())}.json"
         self._known: set[str] = set()
 
     def note(self, found: set[str]) -> None:
@@ -102,21 +104,10 @@ def _rank(pid: int) -> bool:
 
 
 def _parent(pid: int) -> int:
-    fields = _stat(pid)
-    return int(fields[1]) if fields else 0
-
-
-def _started(pid: int) -> str:
-    fields = _stat(pid)
-    return fields[19] if fields else ""
-
-
-def _stat(pid: int) -> list[str]:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return []
+    fields = process_stat(pid)
+    return int(fields[PARENT]) if fields else 0
 
 
 def _alive(stem: str) -> bool:
-    pid, _, started = stem.partition("-")
-    return pid.isdigit() and _started(int(pid)) == started != ""
+    pid, _, then = stem.partition("-")
+    return pid.isdecimal() and started(int(pid)) == then != ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcasync.errors import UsageError
+from hpcasync.proc import started
 
 REFRESH_SECONDS = 10.0
 STALE_SECONDS = 60.0
@@ -126,7 +127,7 @@ def _identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "boot": _text("/proc/sys/kernel/random/boot_id"),
         "pid": pid,
-        "started": _start_time(pid),
+        "started": started(pid),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -139,18 +140,13 @@ def _dead(holder: dict[str, Any], age: float, me: dict[str, Any]) -> bool:
     if holder.get("job") and holder["job"] == me["job"] and holder.get("restart") != me["restart"]:
         return True  # Slurm starts a job again only when all of it has ended
     if holder.get("host") == me["host"] and holder.get("boot") == me["boot"] and _sees_processes():
-        return _start_time(holder.get("pid")) != holder.get("started")
+        pid = holder.get("pid")
+        return not isinstance(pid, int) or started(pid) != holder.get("started")
     return False
 
 
 def _sees_processes() -> bool:
     return Path("/proc/self/stat").exists()
-
-
-def _start_time(pid: Any) -> str:
-    """When a process began, in ticks since the boot; empty if there is none. Numbers of processes are used again."""
-    stat = _text(f"/proc/{pid}/stat")
-    return stat.rpartition(")")[2].split()[19] if stat else ""
 
 
 def _text(path: str) -> str:

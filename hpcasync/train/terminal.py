@@ -7,6 +7,8 @@ import stat
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from hpcasync.proc import FOREGROUND, GROUP, PARENT, TERMINAL, process_stat
+
 LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun")
 
 
@@ -36,10 +38,10 @@ def find_terminal(stream: TextIO) -> Terminal | None:
 
 def in_foreground(pid: int) -> bool:
     """Whether a process may draw: not while it is stopped or in the background of its terminal."""
-    fields = _stat(pid)
-    if len(fields) < 6:
+    fields = process_stat(pid)
+    if len(fields) <= FOREGROUND:
         return True
-    group, terminal, foreground = fields[2], fields[4], fields[5]
+    group, terminal, foreground = fields[GROUP], fields[TERMINAL], fields[FOREGROUND]
     return terminal == "0" or foreground in (group, "-1", "0")
 
 
@@ -66,14 +68,6 @@ def _launcher() -> int:
             return 0
         if name.startswith(LAUNCHERS):
             return pid
-        fields = _stat(pid)
-        pid = int(fields[1]) if fields else 0
+        fields = process_stat(pid)
+        pid = int(fields[PARENT]) if fields else 0
     return 0
-
-
-def _stat(pid: int) -> list[str]:
-    """State, parent, group, session, terminal, foreground group, ... of a process; empty for one that is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
