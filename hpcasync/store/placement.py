@@ -116,8 +116,8 @@ class Segment:
         """First byte of each part, and ``"end"``; each part begins on a cache line."""
         count, line = len(self.shards), 8 * LINE
         sizes = {
-            "clocks": 8 * self.workers,
-            "excused": 8 * self.workers,
+            "clocks": 16 * self.workers,
+            "excused": 16 * self.workers,
             "lines": line * count,
             "requests": 8 * self.senders * count,
             "done": 8 * self.senders * count,

@@ -22,7 +22,7 @@ from hpcasync.store.memory import Memory
 from hpcasync.store.part import ANSWER_TAU, ANSWER_VERSION, CLOCK, FIRST, OP, PULL, PUSH, READ, SEQUENCE, VERSION, Part
 from hpcasync.store.placement import LINE, WIDTH, Segment, place
 from hpcasync.store.window import _shared_memory_problem
-from hpcasync.store.words import decode, encode
+from hpcasync.store.words import encode, numbers, pair
 
 TRIES = 3
 """Reads of a shard between two reads of its sequence, before its owner is asked to copy it out under the lock."""
@@ -414,7 +414,7 @@ class RemoteStore(Store):
             if self._clock_words is None:
                 self._memory.get(0, 0, words)
                 self._memory.flush(0)
-            clocks, excused = (decode(words[first : first + self.workers]) for first in (0, start))
+            clocks, excused = (numbers(words[first : first + 2 * self.workers]) for first in (0, start))
             if clocks.min() >= 0 and excused.min() >= 0:
                 self.clocks[:], self.excused[:] = clocks, excused
                 return
@@ -428,11 +428,12 @@ class RemoteStore(Store):
         self._set_word("excused", worker, value)
 
     def _set_word(self, name: str, worker: int, value: int) -> None:
-        at, word = self._segments[0].offsets[name] + 8 * worker, encode(value)
+        at, words = self._segments[0].offsets[name] + 16 * worker, pair(value)
         if self._clock_words is not None:
-            put(self._clock_words, at // 8, word)
+            for i, word in enumerate(words):
+                put(self._clock_words, at // 8 + i, word)
         else:
-            self._memory.put(0, at, np.array([word]))
+            self._memory.put(0, at, words)
             self._memory.flush(0)
 
     def barrier(self) -> None:

@@ -1,4 +1,4 @@
-"""int64 words that one process puts while another reads: both halves hold the number, so a half-written word shows.
+"""int64 words that one process puts while another reads: each number is written twice, so a half-written one shows.
 
 MPI's atomic operations would do, but they need the target's CPU where a put does not (MPICH over shared memory or, as far as
 is known, InfiniBand), and Open MPI 5.0.11 over TCP needs a third process for them, the first of the target's node (docs/mpi.md).
@@ -10,25 +10,31 @@ from typing import Any
 
 import numpy as np
 
-from hpcasync.store.base import IDLE
-
-LARGEST = (1 << 31) - 1
-"""The half that stands for ``IDLE``."""
+_HALF = (1 << 31) - 1
 
 
 def encode(number: int) -> int:
-    """The word of a number in [0, 2^31 - 1), or of ``IDLE``."""
-    half = LARGEST if number == IDLE else int(number)
+    """The word that numbers a request, modulo 2^31: a sender has one open per shard, so only equal or not is ever asked."""
+    half = number & _HALF
     return half << 32 | half
 
 
-def decode(words: np.ndarray) -> np.ndarray:
-    """The numbers of int64 words; -1 for a word that is half written."""
-    halves = words & np.int64(LARGEST)
-    numbers = np.where(words >> 32 == halves, halves, -1)
-    return np.where(numbers == LARGEST, IDLE, numbers)
-
-
 def whole(word: Any) -> bool:
-    """Whether a word is fully written."""
-    return int(word) >> 32 == int(word) & LARGEST
+    """Whether a word of ``encode`` is fully written."""
+    return int(word) >> 32 == int(word) & _HALF
+
+
+def pair(number: int) -> np.ndarray:
+    """The two words of a number that is compared, in [0, 2^63): the second has its bytes in reverse.
+
+    Whichever way the bytes are copied, the high ones of one word then go with the low ones of the other.
+    """
+    words = np.array([number, number], np.int64)
+    words[1:].byteswap(inplace=True)
+    return words
+
+
+def numbers(words: np.ndarray) -> np.ndarray:
+    """The numbers of words of ``pair``, int64 (2 n,); -1 for one that is half written."""
+    first, second = words[::2], words[1::2].byteswap()
+    return np.where(first == second, first, -1)

@@ -7,7 +7,7 @@ import pytest
 
 from hpcasync.store import IDLE, make_layout, shard_size
 from hpcasync.store.placement import Segment, place
-from hpcasync.store.words import decode, encode, whole
+from hpcasync.store.words import encode, numbers, pair, whole
 from tests.hosts import HostsRun
 from tests.mpi import MpiRun
 
@@ -147,6 +147,38 @@ store.close()
 """
 
 
+LIMIT = """
+# Every counter passes 2^31 and goes on: requests, versions, clocks.
+store, worker, grads, hypers, out = counting([40, 3, 50], 16)
+near, shards = 2**31 - 4, len(store.layout.shards)
+store._numbers = [near] * shards
+store.install(np.zeros((1, store.layout.total), np.float32), [near] * shards)
+store.set_clock(me, near)
+store.pull(worker, out)
+store.barrier()
+for i in range(8):
+    store.push_pull(worker, grads, out, hypers)
+    store.gate(worker, 2)
+    assert store.clocks[me] - store.clocks.min() <= 2, store.clocks
+    if i % 3 == 0:
+        store.pull(worker, out)
+store.barrier()
+store.pull(worker, out)
+assert values(store, out) == [{8.0 * P}] * shards
+assert store.shard_versions() == [near + 8 * P] * shards
+assert all(store._numbers[k] >= near + 8 > 2**31 for k in store._port_of), store._numbers
+store.look()
+assert store.clocks.tolist() == [near + 8] * P
+store.barrier()
+store.set_clock(me, ha.store.IDLE)
+store.barrier()
+store.look()
+assert (store.clocks == ha.store.IDLE).all()
+store.barrier()
+store.close()
+"""
+
+
 def run(mpirun: MpiRun, n: int, nodes: int, body: str, timeout: float = 150, **options: object) -> None:
     head = HEAD.replace("NODES", str(nodes))
     done = mpirun(head + body + "\nprint('done', flush=True)\n", n, timeout=timeout, **options)  # type: ignore[arg-type]
@@ -154,7 +186,7 @@ def run(mpirun: MpiRun, n: int, nodes: int, body: str, timeout: float = 150, **o
 
 
 def test_two_hosts(two_hosts: HostsRun) -> None:
-    run(two_hosts, 4, 2, COUNTS + READER)
+    run(two_hosts, 4, 2, COUNTS + READER + LIMIT)
 
 
 def test_a_bound_where_the_first_rank_of_a_node_holds_no_shard(two_hosts: HostsRun) -> None:
@@ -174,7 +206,7 @@ def test_four_hosts(four_hosts: HostsRun) -> None:
 # Only MPICH can tell the ranks of one machine that they are on different nodes.
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
 def test_every_rank_a_node(mpirun: MpiRun) -> None:
-    run(mpirun, 4, 4, COUNTS + READER + BOUND + LIBRARY, env={"MPIR_CVAR_NOLOCAL": "1"})
+    run(mpirun, 4, 4, COUNTS + READER + BOUND + LIBRARY + LIMIT, env={"MPIR_CVAR_NOLOCAL": "1"})
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
@@ -182,15 +214,31 @@ def test_every_rank_a_node_taking_turns(mpirun: MpiRun) -> None:
     run(mpirun, 3, 3, TURNS, env={"MPIR_CVAR_NOLOCAL": "1"})
 
 
-def test_words_show_that_they_are_half_written() -> None:
-    for number in (0, 1, 77, 1 << 30, IDLE):
-        word = encode(number)
-        assert decode(np.array([word])).tolist() == [number] and whole(word)
+def test_a_request_shows_that_it_is_half_written() -> None:
+    for number in (0, 1, 77, 1 << 30, (1 << 31) - 1, 1 << 31, 1 << 40):
+        assert whole(encode(number)) and encode(number) != encode(number + 1)
+        assert -(1 << 63) <= encode(number) < 1 << 63
     old, new = (np.array([encode(n)]).tobytes() for n in (0x01020304, 0x05060708))
     for cut in range(1, 8):
         for torn in (old[:cut] + new[cut:], new[:cut] + old[cut:]):
-            word = np.frombuffer(torn, np.int64)
-            assert not whole(word[0]) and decode(word).tolist() == [-1]
+            assert not whole(np.frombuffer(torn, np.int64)[0])
+
+
+def test_a_clock_shows_that_it_is_half_written() -> None:
+    for number in (0, 1, 77, (1 << 31) - 1, 1 << 31, 1 << 62, IDLE):
+        assert numbers(pair(number)).tolist() == [number]
+    both = numbers(np.concatenate([pair(3), pair(IDLE)]))
+    assert both.tolist() == [3, IDLE]
+    for before, after in ((0x0102030405060708, 0x1112131415161718), (0xFF, 0x100), ((1 << 32) - 1, 1 << 32)):
+        old, new = pair(before).tobytes(), pair(after).tobytes()
+        for cut in range(1, 16):  # written up to here, in either order; or both words read in the midst of being written
+            for torn in (old[:cut] + new[cut:], new[:cut] + old[cut:], *(_mixed(a, b, cut) for a, b in ((old, new), (new, old)))):
+                assert numbers(np.frombuffer(torn, np.int64))[0] in (-1, before, after)
+
+
+def _mixed(first: bytes, last: bytes, cut: int) -> bytes:
+    """Each word of two copies of which as many bytes have been copied."""
+    return first[: cut // 2] + last[cut // 2 : 8] + first[8 : 8 + cut // 2] + last[8 + cut // 2 :]
 
 
 def test_every_node_has_shards_where_there_are_enough() -> None:
