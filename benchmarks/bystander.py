@@ -60,7 +60,9 @@ window.Free()
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke run: a shorter sleep")
+    sleep = SLEEP / 4 if parser.parse_args().quick else SLEEP
     sys.path.insert(0, str(REPO))
     from tests.hosts import Hosts, HostsRun, missing
     from tests.mpi import LANES, find_lane
@@ -71,8 +73,8 @@ def main() -> None:
         with Hosts(2) as hosts, tempfile.TemporaryDirectory() as folder:
             for warm in (False, True):
                 program = PROGRAM.replace("if WARM", f"if {warm}").replace("WARM", "warm" if warm else "cold")
-                done = HostsRun(lane, Path(folder), hosts)(program.replace("SLEEP", str(SLEEP)), 4)
-                print(f"{lane.name}, {done.stdout.strip()} (rank 0 asleep for {SLEEP:.0f} s)", flush=True)
+                done = HostsRun(lane, Path(folder), hosts)(program.replace("SLEEP", str(sleep)), 4)
+                print(f"{lane.name}, {done.stdout.strip()} (rank 0 asleep for {sleep:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

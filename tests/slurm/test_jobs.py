@@ -84,7 +84,7 @@ def _went_on(job: Submitted, slurm: Cluster) -> None:
     assert stopped is not None, out
     assert f"start at {stopped[1]} on" in out and "restart 1" in out
     assert f"done at 60 total {TOTAL}" in out
-    assert "requeued, restart 1 of at most 20" in out
+    assert "to be requeued, restart 1 of at most 20" in out
     assert job.facts["Restarts"] == "1"
 
 
@@ -132,7 +132,7 @@ def test_a_signal_before_there_are_handlers(submit: Submit, slurm: Cluster) -> N
     job.wait_for("early")
     _warn(slurm, job)
     assert job.wait() == "COMPLETED", job.output()
-    assert job.facts["Restarts"] == "1" and "requeued, restart 1" in job.output()
+    assert job.facts["Restarts"] == "1" and "to be requeued, restart 1" in job.output()
 
 
 def test_a_cancelled_job_stays_cancelled(submit: Submit, slurm: Cluster) -> None:
@@ -142,7 +142,7 @@ def test_a_cancelled_job_stays_cancelled(submit: Submit, slurm: Cluster) -> None
     assert job.wait() == "CANCELLED"
     slurm.until(lambda: not slurm.run(["squeue", "-h", "-j", str(job.number)], check=False).stdout.strip(), "end of the job")
     assert job.facts["Restarts"] == "0" and job.facts["JobState"] == "CANCELLED"
-    assert "requeued, restart" not in job.output()
+    assert "to be requeued" not in job.output()
 
 
 def test_restarts_are_limited(submit: Submit, slurm: Cluster) -> None:

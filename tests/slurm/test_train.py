@@ -78,11 +78,11 @@ def test_stopped_jobs_come_to_the_same_parameters(submit: Submit, slurm: Cluster
         slurm.until(lambda metrics=metrics: metrics.exists() and metrics.read_text(), "epoch", 120, job.output)  # type: ignore[misc]
 
     _limit(slurm, kstep, minutes_left=1)
-    kstep.wait_for("requeued, restart 1 of at most 20")
+    kstep.wait_for("to be requeued, restart 1 of at most 20")
     _limit(slurm, kstep, minutes_left=10)  # of the next start
     assert whole.wait() == "COMPLETED", whole.output()
     slurm.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    sync.wait_for("requeued, restart 1 of at most 20")
+    sync.wait_for("to be requeued, restart 1 of at most 20")
     for job, mode in ((kstep, "kstep"), (sync, "sync")):
         assert job.wait() == "COMPLETED", job.output()
         out = job.output()

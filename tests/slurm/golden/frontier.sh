@@ -35,10 +35,10 @@ finish() {
         echo "hpcasync: not requeued, the job is ${state:-gone}"
     elif [ "$restarts" -ge 20 ]; then
         echo "hpcasync: not requeued, 20 restarts are the limit (--max-restarts); to go on: sbatch $script"
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "hpcasync: requeued, restart $((restarts + 1)) of at most 20"
-        exit 0
     else
+        # Said before it is done: Slurm ends this script while it is being queued again.
+        echo "hpcasync: to be requeued, restart $((restarts + 1)) of at most 20"
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
         echo "hpcasync: scontrol requeue failed; to go on: sbatch $script"
     fi
     exit "$code"
