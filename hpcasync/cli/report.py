@@ -31,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     for one in runs:
         for sentence in one.missing:
             print(f"{one.folder}: {sentence}")
-    print(f"{path}: {len(drawn)} plots, each beside it as PNG too")
+    print(f"{path}: " + (f"{len(drawn)} plots, each beside it as PNG too" if drawn else "no plots"))
     return 0

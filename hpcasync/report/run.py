@@ -18,6 +18,10 @@ from hpcasync.train.record_file import FOLDER, RankRecord, read_rank
 from hpcasync.train.records import CURVES, inside_tables
 from hpcasync.train.step_log import unfinished
 
+FILES = ("config.toml", "metrics.jsonl", "run.h5", FOLDER)
+"""Of which a run has at least one from its beginning on."""
+NAMES = 5
+"""Of files or folders that a sentence lists."""
 Table = tuple[list[str], np.ndarray]
 
 
@@ -69,19 +73,21 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read whatever there is: a crashed or running run has no ``run.h5``, but its evaluations so far.
+    """Read whatever there is: a crashed or running run has no ``run.h5``, but its evaluations so far; one about to begin nothing.
 
     Raises:
-        UsageError: no such folder, no run in it, or a damaged file.
+        UsageError: no such folder, or a damaged file.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; expected that of a run")
-    if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl", "run.h5", FOLDER)):
-        raise UsageError(f"{folder} holds no run (config.toml, metrics.jsonl, run.h5); give the --output of one")
+        found = "is a file" if folder.exists() else "no such folder"
+        raise UsageError(f"{folder}: {found}; expected the folder of a run, what train was given with --output")
     run, left_out = Run(folder), []
     for path in sorted((folder / FOLDER).glob("rank-*.h5")):
         try:
-            run.records.append(read_rank(path, int(path.stem.removeprefix("rank-"))))
+            found_rank = read_rank(path, int(path.stem.removeprefix("rank-")))
+            if run.records and found_rank.facts["run"] != run.records[0].facts["run"]:
+                raise UsageError(f"{path} is of another run than {run.records[0].path}")
+            run.records.append(found_rank)
         except (UsageError, ValueError) as error:
             left_out.append(f"a record is left out: {error}")
     if (folder / "run.h5").exists():
@@ -89,7 +95,7 @@ def read_run(folder: Path) -> Run:
     else:
         _read_unfinished(run)
     if not len(run.curves["epoch"]):
-        run.missing.append("no evaluation yet: no learning curves")
+        run.missing.append("no evaluation yet: no learning curves; the first comes after --eval-every epochs")
     run.missing += left_out
     if not run.records:
         run.missing.append("no record: no order of updates" + ("" if run.simulated else " (train --record)"))
@@ -113,6 +119,8 @@ def _read_unfinished(run: Run) -> None:
     holder = holder_of(run.folder)
     if holder is not None:
         run.missing.append(f"no run.h5: the run is at work, by its lock ({holder})")
+    elif not any((run.folder / name).exists() for name in FILES):
+        run.missing.append(f"no run.h5: nothing of a run is here, {_instead(run.folder)}")
     else:
         newest = next(reversed(checkpoints(run.folder)), None)
         how = f"; train --resume auto --output {run.folder} goes on from {newest.name}" if newest else "; it left no checkpoint"
@@ -126,13 +134,15 @@ def _read_unfinished(run: Run) -> None:
         with damaged(f"{config}: can't be read as TOML", "remove the run"):
             run.config = tomllib.loads(config.read_text(encoding="utf-8"))
     else:
-        run.missing.append("no config.toml: no configuration")
+        run.missing.append("no config.toml: no configuration; a run writes it when it begins")
     if metrics.exists():
-        lines = metrics.read_bytes().split(b"\n")
-        with damaged(f"{metrics}: can't be read as JSON lines", "remove the run"):
-            rows: list[dict[str, Any]] = [json.loads(line) for line in lines[:-1]]  # the last one may be half written
-            run.curves = {n: np.array([row[n] for row in rows], np.float64) for n in CURVES}
-            run.inside = inside_tables(rows)
+        with damaged(f"{metrics}: can't be read", "look at its permissions"):
+            lines = metrics.read_bytes().split(b"\n")[:-1]  # the last one may be half written
+        rows = [row for line in lines if (row := _evaluation(line)) is not None]
+        run.curves = {n: np.array([row[n] for row in rows], np.float64) for n in CURVES}
+        run.inside = inside_tables(rows)
+        if len(rows) < len(lines):
+            run.missing.append(f"{len(lines) - len(rows)} of {len(lines)} lines of metrics.jsonl are damaged and left out")
     if run.records:
         run.ranks = ranks_of_records(run.records)
         there = len(run.records), run.records[0].facts["ranks"]
@@ -141,4 +151,28 @@ def _read_unfinished(run: Run) -> None:
             + ("" if "staleness" in run.ranks else "; this mode records no staleness")
         )
     else:
-        run.missing.append("no times and no staleness of its ranks")
+        run.missing.append("no times and no staleness of its ranks: they come with run.h5 at the end, or with a record")
+
+
+def _instead(folder: Path) -> str:
+    """What is in a folder that holds no run, and what to do."""
+    with damaged(f"{folder}: can't be listed", "look at its permissions"):
+        there = sorted(folder.iterdir())
+    below = [path.name for path in there if any((path / name).exists() for name in FILES)]
+    if below:
+        names = ", ".join(below[:NAMES]) + (", ..." if len(below) > NAMES else "")
+        return f"but there are runs in folders of it: give those ({names})"
+    others = [path.name for path in there if not path.name.startswith((".", "report"))]
+    what = f"only {', '.join(others[:NAMES])}{', ...' if len(others) > NAMES else ''}" if others else "the folder is empty"
+    return f"{what}; train --output {folder} puts one there"
+
+
+def _evaluation(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, None for a damaged one: what a machine leaves that went down may be anything."""
+    try:
+        row = json.loads(line)
+        numbers = [np.array([row[name] for name in CURVES], np.float64)]
+        tables = [values[0] for _, values in inside_tables([row]).values()]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+    return row if all(values.ndim == 1 for values in numbers + tables) else None

@@ -100,11 +100,35 @@ def test_live_run_finished_and_cut_short(mpirun: MpiRun, runs: dict[str, Path], 
     assert "Staleness" in text and "Order of updates" in text and "Held gradients" in text
 
 
+def test_empty_folder_and_damaged_lines(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, page = tmp_path / "empty", tmp_path / "page.html"
+    empty.mkdir()
+    assert main(["report", str(empty)]) == 0
+    said, text = capsys.readouterr().out, (empty / "report.html").read_text()
+    for words in ("the folder is empty; train", "no config.toml", "no evaluation yet", "no times and no stal", "no record"):
+        assert words in said and words in text
+    assert "<svg" not in text and "no plots" in said
+    assert main(["report", str(empty), str(runs["seed0"]), "-o", str(page)]) == 0
+    assert "empty: no run.h5: nothing of a run is here" in (text := page.read_text()) and "Test accuracy" in text
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "more" / "page.html")]) == 0
+    assert "nothing of a run is here, only empty, page" in capsys.readouterr().out
+    good = (runs["seed0"] / "metrics.jsonl").read_bytes()
+    wrong = ("{}", "[1]", "{", '{"epoch": "one"}', "[" * 100_000, "null", "\0\0", "\xff", '{"inside": {"scores": 1}}')
+    (empty / "metrics.jsonl").write_bytes(good + "\n".join(wrong).encode("latin-1") + b"\n" + good[:20])
+    assert main(["report", str(empty)]) == 0
+    assert f"{len(wrong)} of {len(wrong) + 2} lines of metrics.jsonl are damaged" in capsys.readouterr().out
+    np.testing.assert_array_equal(read_run(empty).curves["epoch"], [1, 2])
+    assert main(["report", str(tmp_path)]) == 0
+    assert "there are runs in folders of it: give those (empty)" in capsys.readouterr().out
+
+
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.h5").write_text("no HDF5")
-    (tmp_path / "empty").mkdir()
-    for name, message in (("none", "no such folder"), ("empty", "holds no run"), ("damaged", "not a finished run")):
+    (tmp_path / "file").touch()
+    for name, message in (("none", "no such folder"), ("file", "is a file"), ("damaged", "not a finished run")):
         assert main(["report", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
 
