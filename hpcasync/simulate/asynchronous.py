@@ -1,7 +1,4 @@
-"""The event loop: groups of workers, asynchronous inside a group, K-step averages among the groups.
-
-One group that never averages is mode async. Groups of one worker are mode kstep.
-"""
+"""The event loop: groups of workers, asynchronous inside a group. One group is mode async; several: averaged.py."""
 
 from __future__ import annotations
 
@@ -12,57 +9,41 @@ from torch import nn
 
 from hpcasync.data import Dataset
 from hpcasync.errors import UsageError
-from hpcasync.modes.block import BLOCK_KEYS, BlockOptions
-from hpcasync.modes.interval import interval_at, parse_every
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.delay import Delay
-from hpcasync.simulate.overlap import Overlap
 from hpcasync.simulate.polling import noticed
 from hpcasync.simulate.simulation import Simulation
+from hpcasync.simulate.wire import Wire
 from hpcasync.simulate.worker import Phase, Virtual
 from hpcasync.store import IDLE
 
 # Of events at the same time, who comes and goes first; then by worker.
-_CHANGE, _ARRIVE, _PATIENCE, _CALLED, _SUMMED = 0, 1, 2, 3, 4
+_CHANGE, _ARRIVE, _PATIENCE, _CALLED, SUMMED = 0, 1, 2, 3, 4
 
 
 class Asynchronous(Simulation):
-    """Modes async, kstep and hierarchical.
+    """Mode async.
 
     A worker reads at time t and computes at what it read for a drawn time; its push travels, queues for the shards and is
     applied at its arrival, in order of arrival (ties by worker). Applying and reading are one, as in the live store, so
     what comes back is of the moment of the push.
     """
 
-    def __init__(self, config: SimulateConfig, dataset: Dataset, model: nn.Module) -> None:
-        groups = {"async": 1, "kstep": config.workers, "hierarchical": config.groups}[config.mode]
+    def __init__(self, config: SimulateConfig, dataset: Dataset, model: nn.Module, groups: int = 1) -> None:
         super().__init__(config, dataset, model, groups)
-        self._averaging = config.mode != "async"
+        artificial = config.delay and config.mode == "async"
+        if artificial and self.rule.own_copy:
+            raise UsageError(f"--delay: rule {self.rule.name!r} computes at copies that are the workers' own")
+        self._delay = Delay(self.stores[0], config.delay, config.seed) if artificial else None
         # A worker of kstep is alone with its store: what a local step costs is in its step time.
         alone = config.mode == "kstep"
-        self._transfer = 0.0 if alone else self.cluster.network.transfer(self.nbytes)
-        self._service = 0.0 if alone else 4 * self.layout.total / self.cluster.service
-        self._free = [np.zeros(len(self.layout.shards)) for _ in self.stores]
-        if self._averaging and self.rule.own_copy:
-            raise UsageError(f"rule {self.rule.name!r} ties asynchronous workers to a shared centre; use mode async")
-        if config.delay and self.rule.own_copy:
-            raise UsageError(f"--delay: rule {self.rule.name!r} computes at copies that are the workers' own")
-        artificial = config.delay and config.mode == "async"
-        self._delay = Delay(self.stores[0], config.delay, config.seed) if artificial else None
-        self._overlap = Overlap(config.delay, self._block) if config.delay and not artificial else None
+        self._wire = Wire(config, self.rule, self.layout, groups, alone=alone)
         given = config.staleness
         self._bound = None if alone else self.rule.default_staleness if given is None else given
         self._discard = getattr(self.rule, "out_of_turn", "hold") == "discard"
         self._patience = float(getattr(self.rule, "patience", np.inf))
-        self._every = parse_every(config.every)
-        self._options = BlockOptions(**{k: getattr(config, k) for k in BLOCK_KEYS})
         self._held: list[Virtual] = []
         self._events: list[tuple[float, int, int, int, bool]] = []
-        total = self.layout.total
-        self._anchor = self.stores[0].state[0].copy()
-        self._velocity, self._sum = np.zeros(total, np.float32), np.zeros(total, np.float32)
-        self._recorded = self.cluster.recording is not None and not alone
-        self._since = 0  # pushes since the last average
         self._pushes = 0
         self._budget = config.epochs * self.steps_per_epoch * config.workers if config.free_running else -1
 
@@ -92,9 +73,8 @@ class Asynchronous(Simulation):
                 pass  # _settle finds that its turn has come
             elif kind == _CALLED:
                 self._enter(worker)
-            elif kind == _SUMMED:
-                self._end_overlapped(worker)
-                self._read_on(worker, self.now)
+            elif kind == SUMMED:
+                self._summed(worker)
             elif joins:
                 self._join(worker)
             else:
@@ -110,22 +90,11 @@ class Asynchronous(Simulation):
         if self._delay is not None:
             self._delay.age(worker.view, worker.out)
         worker.computing = worker.times.next()
-        worker.sending, back = self._messages(worker)
+        worker.sending, back = self._wire.messages(worker)
         worker.communicate += back
         when = start + back + worker.computing + worker.sending
         heapq.heappush(self._events, (when, _ARRIVE, worker.index, worker.life, False))
         self.gradients.request(worker.index, worker.replays[0] if worker.replays else worker.batches[worker.step], when)
-
-    def _messages(self, worker: Virtual) -> tuple[float, float]:
-        """Seconds that the push will travel and that what was read has travelled; as recorded, waits with it, where they were."""
-        if self._recorded:
-            return worker.times.communicate + worker.times.wait, 0.0
-        return self._transfer_at(worker, 0), self._transfer_at(worker, -1)
-
-    def _transfer_at(self, worker: Virtual, ahead: int) -> float:
-        """Seconds of a message after the worker's present step, or after the last (-1): own copies meet the centre rarely."""
-        step = worker.view.steps + ahead
-        return self._transfer if step < 0 or step % self.rule.every == 0 else 0.0
 
     def _arrive(self, worker: Virtual) -> None:
         worker.compute += worker.computing
@@ -169,7 +138,7 @@ class Asynchronous(Simulation):
         gradient = self.gradients.take(worker.index)
         replay = bool(worker.replays)
         hypers = self.hypers(worker.steps - replay)  # a replay belongs to the step before it
-        done = self._serve(worker)
+        done = self._wire.serve(worker, self.now)
         if self.took(worker, gradient, replay=replay):
             if not replay and self._last_before_evaluation(worker):
                 self.inside.last_push(store, worker, gradient.parts, hypers)
@@ -197,7 +166,6 @@ class Asynchronous(Simulation):
         worker.step += 1
         worker.since += 1
         self._pushes += 1
-        self._since += 1
         if self.guidance is not None:
             worker.replays = self.guidance.after(worker.index, worker.steps, worker.batches[worker.step - 1])
         self._evaluate_between()
@@ -208,22 +176,12 @@ class Asynchronous(Simulation):
             self.stores[worker.group].pull(worker.view, worker.out)
 
     def _next(self, worker: Virtual, done: float) -> None:
-        warm = worker.steps <= self.config.warm_start
-        due = self._averaging and (warm or worker.since >= interval_at(self._every, worker.steps - worker.since))
-        if worker.step == len(worker.batches) and not worker.replays:
+        """After a push that the store is ``done`` with."""
+        if worker.at_end:
             if not self.config.free_running:
-                if due and not warm and self._overlap is not None:
-                    self._begin_overlapped(worker)
                 self._wait_as(worker, Phase.DONE)
                 return
             worker.begin_epoch(worker.epoch + 1)
-        if self._overlap is not None and self._waits_for_sum(worker):
-            return
-        if due and (warm or self._overlap is None):
-            self._wait_as(worker, Phase.BLOCK)
-            return
-        if due:
-            self._begin_overlapped(worker)
         self._read_on(worker, done)
 
     def _read_on(self, worker: Virtual, done: float) -> None:
@@ -234,70 +192,14 @@ class Asynchronous(Simulation):
         else:
             self._read(worker, done)
 
-    # Averages while all compute.
-
-    def _leads(self, worker: Virtual) -> bool:
-        return worker.index == min(w.index for w in self.alive if w.group == worker.group)
-
-    def _waits_for_sum(self, worker: Virtual) -> bool:
-        """Whether the first worker of a group has to wait for the sum, D steps after it was begun; else it is put in."""
-        overlap = self._overlap
-        assert overlap is not None
-        if worker.since < overlap.delay or not overlap.under_way(worker.group) or not self._leads(worker):
-            return False
-        if overlap.ends(worker.group) and overlap.ready <= self.now:
-            self._end_overlapped(worker)
-            return False
-        worker.phase = Phase.SUM
-        if overlap.ends(worker.group):
-            self._await_sum(worker)
-        return True
-
-    def _begin_overlapped(self, worker: Virtual) -> None:
-        worker.since = 0
-        if self._leads(worker):
-            assert self._overlap is not None
-            self._overlap.begin(worker.group, self.stores[worker.group].state[0])
-            self._sum_up()
-
-    def _sum_up(self) -> None:
-        """Make the sum if all groups with workers have sent; those that wait for it go on when it is there."""
-        assert self._overlap is not None
-        groups = sorted({w.group for w in self.alive})
-        if self._overlap.complete(groups, self.now, self.cluster.network.allreduce(self.nbytes, len(groups))):
-            for worker in self.alive:
-                if worker.phase is Phase.SUM:
-                    self._await_sum(worker)
-
-    def _await_sum(self, worker: Virtual) -> None:
-        assert self._overlap is not None
-        worker.communicate += max(0.0, self._overlap.ready - self.now)
-        when = max(self.now, self._overlap.ready)
-        heapq.heappush(self._events, (when, _SUMMED, worker.index, worker.life, False))
-
-    def _end_overlapped(self, worker: Virtual) -> None:
-        assert self._overlap is not None
-        self._overlap.end(worker.group, self.stores[worker.group].state[0])
-        self._reread(worker)
+    def _summed(self, worker: Virtual) -> None:
+        """The sum is there that the worker waited for."""
+        raise NotImplementedError("one group has nothing to sum")
 
     def _wait_as(self, worker: Virtual, phase: Phase) -> None:
         """Wait for all; meanwhile nobody waits for this worker."""
         worker.phase = phase
         self._clocks(worker, IDLE)
-
-    def _serve(self, worker: Virtual) -> float:
-        """When the store is done with the worker's push: one push at a time in each shard, the others queue.
-
-        A push works on one shard after the other and takes free ones first, so as many pushes as there are shards
-        go on side by side.
-        """
-        if self._service == 0 or worker.view.steps % self.rule.every:
-            return self.now
-        free = self._free[worker.group]
-        slot = int(free.argmin())
-        free[slot] = max(self.now, float(free[slot])) + self._service
-        worker.communicate += self._service
-        return float(free[slot])
 
     def _ahead(self, worker: Virtual) -> bool:
         clocks = self.stores[worker.group].clocks
@@ -325,8 +227,6 @@ class Asynchronous(Simulation):
         worker.called = False
         if worker in self._held:
             self._held.remove(worker)
-        if self._overlap is not None and self.alive:
-            self._sum_up()
 
     # What others wait for.
 
@@ -346,18 +246,13 @@ class Asynchronous(Simulation):
             return True
         if any(w.phase not in (Phase.BLOCK, Phase.DONE) for w in alive):
             return True
-        if any(w.phase is Phase.BLOCK for w in alive):
-            self._end_averages(alive)
-            self._average(alive, plain=all(w.steps <= self.config.warm_start for w in alive))
-            self._resume([w for w in alive if w.phase is Phase.BLOCK])
-            return True
-        return self._end_epoch(alive)
+        return self._meet(alive)
 
     def _admit(self) -> bool:
         """Push the first held gradient whose turn it is."""
         for worker in self._held:
             if not worker.called and self._turn(worker):
-                if self._recorded and worker.refused is not None:  # a live rank does not see it at once
+                if self._wire.recorded and worker.refused is not None:  # a live rank does not see it at once
                     worker.called = True
                     when = worker.refused + noticed(self.now - worker.refused)
                     heapq.heappush(self._events, (when, _CALLED, worker.index, worker.life, False))
@@ -378,7 +273,7 @@ class Asynchronous(Simulation):
         free = [w for w in self.workers if w.phase is Phase.GATED and not self._ahead(w)] if self._bound is not None else []
         for worker in free:
             self._reread(worker)
-            late = noticed(self.now - worker.gated) if self._recorded else 0.0
+            late = noticed(self.now - worker.gated) if self._wire.recorded else 0.0
             self._read(worker, max(self.now, worker.gated + late))
         return bool(free)
 
@@ -386,11 +281,12 @@ class Asynchronous(Simulation):
         """Whether the held gradient is still the one whose patience ends now."""
         return worker.refused is not None and worker.refused + self._patience <= when
 
+    def _meet(self, alive: list[Virtual]) -> bool:
+        """All that are there wait for each other; returns whether the simulation goes on."""
+        return self._end_epoch(alive)
+
     def _end_epoch(self, alive: list[Virtual]) -> bool:
         """All have done their share: one model, evaluation, and the next epoch."""
-        self._end_averages(alive)
-        if self._averaging and self._since:
-            self._average(alive, plain=False)
         for worker in alive:
             self.stores[worker.group].pull(worker.view, worker.out)
         self.gradients.average_buffers([w.index for w in alive])
@@ -420,49 +316,6 @@ class Asynchronous(Simulation):
                     store.excused[worker.view.index] = 0
         for worker in workers:
             self._read(worker, self.now)
-
-    def _end_averages(self, alive: list[Virtual]) -> None:
-        """All wait: put in what is still under way."""
-        if self._overlap is None:
-            return
-        for group in sorted({w.group for w in alive}):
-            if self._overlap.ends(group):
-                self.now = max(self.now, self._overlap.ready)
-                self._overlap.end(group, self.stores[group].state[0])
-        self._overlap.drop()
-
-    def _block(self, total: np.ndarray, count: int, plain: bool = False) -> None:
-        """The block step from the sum of ``count`` models, in place."""
-        self._options.apply(total, self._anchor, self._velocity, count, plain=plain)
-        if self._options.moving:
-            self.inside.velocity = self._velocity
-
-    def _average(self, alive: list[Virtual], *, plain: bool) -> None:
-        """Average the models of the groups that have workers, with block momentum; all read the result."""
-        groups = sorted({w.group for w in alive})
-        stores = [self.stores[g] for g in groups]
-        seconds = self.cluster.network.allreduce(self.nbytes, len(groups))
-        self.now += seconds
-        self._since = 0
-        np.copyto(self._sum, stores[0].state[0])
-        for store in stores[1:]:
-            self._sum += store.state[0]
-        self._block(self._sum, len(groups), plain)
-        for store in self.stores:
-            store.state[0] = self._sum
-            if self.config.inner_state == "reset":
-                for row, vector in enumerate(self.rule.vectors, start=1):
-                    store.state[row] = vector.start
-                store.versions[:] = 0
-        if self.config.inner_state == "average" and len(self.rule.vectors):
-            mean = np.mean([store.state[1:] for store in stores], axis=0, dtype=np.float32)
-            for store in self.stores:
-                store.state[1:] = mean
-        for worker in self.workers:
-            self.stores[worker.group].pull(worker.view, worker.out)
-            worker.since = 0
-        for worker in alive:
-            worker.communicate += seconds
 
     def _last_before_evaluation(self, worker: Virtual) -> bool:
         """Whether the push that the first worker is about to make is its last before an evaluation, or nearly so."""

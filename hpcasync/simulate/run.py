@@ -16,6 +16,7 @@ from hpcasync import models
 from hpcasync.comm import World
 from hpcasync.data import Dataset, open_dataset
 from hpcasync.simulate.asynchronous import Asynchronous
+from hpcasync.simulate.averaged import Averaged
 from hpcasync.simulate.config import SimulateConfig
 from hpcasync.simulate.simulation import Simulation
 from hpcasync.simulate.synchronous import Synchronous
@@ -103,7 +104,7 @@ def simulate(
 
 def make_simulation(config: SimulateConfig, dataset: Dataset, model: nn.Module) -> Simulation:
     """The simulation of the mode that ``config`` names."""
-    kind = Synchronous if config.mode == "sync" else Asynchronous
+    kind = {"sync": Synchronous, "async": Asynchronous}.get(config.mode, Averaged)
     return kind(config, dataset, model)
 
 

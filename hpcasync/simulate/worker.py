@@ -80,6 +80,11 @@ class Virtual:
     skipped: int = 0
     discarded: int = 0
 
+    @property
+    def at_end(self) -> bool:
+        """Whether it has done its share of the epoch."""
+        return self.step == len(self.batches) and not self.replays
+
     def begin_epoch(self, epoch: int, step: int = 0) -> None:
         """Take this epoch's batches, the same as the live loader's."""
         self.loader.set_epoch(epoch)
