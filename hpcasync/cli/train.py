@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
         out = console()
         out.print(runs_table([(config.name, outcome.result)]))
         out.print(ranks_table(outcome.ranks))
+        for death in outcome.result.get("deaths", []):
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(death["time"]))
+            out.print(f"rank {death['rank']} died at {at}: {death.get('cause', 'the others went on')}", soft_wrap=True)
         out.print(f"records: {outcome.folder}", soft_wrap=True)
         if args.json:
             print(to_json(outcome.result), flush=True)

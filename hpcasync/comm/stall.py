@@ -152,21 +152,23 @@ class Watch:
         self._seconds = seconds
         self._tick = min(1.0, seconds / 20)
         self._save: Callable[[], str] = lambda: "Nothing had begun that could be saved."
+        self._told: Callable[[list[int]], None] = lambda missing: None
         self._main = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hpcasync-stall", daemon=True)
         self._thread.start()
 
-    def begin(self, steps: int, save: Callable[[], str]) -> None:
+    def begin(self, steps: int, save: Callable[[], str], told: Callable[[list[int]], None] | None = None) -> None:
         """From here on there is something to save.
 
         Args:
             steps: made so far.
             save: called in another thread while this one is held in an operation; saves what this rank has, without the
                 others, and returns a sentence on it.
+            told: called on the rank that ends the job with the ranks that hang.
         """
         self.signs.say(STEPS, steps)
-        self._save = save
+        self._save, self._told = save, told or self._told
 
     def close(self) -> None:
         """Leave: nobody is to wait for this rank. Idempotent."""
@@ -228,6 +230,7 @@ class Watch:
 
     def _end(self, stall: Stall) -> None:
         _say(f"hpcasync: stalled: {stall}")
+        self._told(list(stall.missing))
         said: list[str] = []
         saver = threading.Thread(target=lambda: said.append(self._saved()), name="hpcasync-stall-save", daemon=True)
         saver.start()

@@ -92,8 +92,9 @@ class Star:
         """Living members."""
         return len(self.members)
 
-    def allgather(self, value: Any) -> list[Any]:
-        return list(self._meet(value, lambda values: [values] * len(values)))
+    def allgather(self, value: Any, meanwhile: Callable[[], None] | None = None) -> list[Any]:
+        """``meanwhile``: called several times a second, for members that come late."""
+        return list(self._meet(value, lambda values: [values] * len(values), meanwhile=meanwhile))
 
     def gather(self, value: Any, root: int = 0) -> list[Any] | None:
         return self._meet(value, lambda values: [values if r == root else None for r in range(len(values))])
@@ -107,16 +108,10 @@ class Star:
     def Barrier(self) -> None:
         self._meet(None, lambda found: found)
 
-    def meet(self, value: Any, meanwhile: Callable[[], None]) -> list[Any]:
-        """``allgather``, for members that come late: ``meanwhile`` is called several times a second."""
-        return list(self._meet(value, lambda values: [values] * len(values), meanwhile=meanwhile))
-
     def Send(self, values: np.ndarray, dest: int = 0) -> None:
         """Send an array to rank 0."""
         assert dest == 0 and self._me
-        link, data = self._links[0], values.reshape(-1).view(np.uint8).data
-        link.sendall(_HEAD.pack(self._generation, data.nbytes, False))
-        link.sendall(data)
+        self._send(0, values.reshape(-1).view(np.uint8).data, pickled=False)
 
     def Recv(self, values: np.ndarray, source: int) -> None:
         """Receive what a rank has sent to rank 0.
@@ -126,7 +121,6 @@ class Star:
         """
         rank = self.members[source]
         try:
-            self._await(rank)
             data = self._receive(rank, pickled=False)
         except OSError:
             self._lost(rank)
@@ -166,10 +160,8 @@ class Star:
         meanwhile: Callable[[], None] | None = None,
     ) -> Any:
         if self._me:
-            link = self._links[0]
-            self._send(link, value)
-            self._await(0, meanwhile)
-            fine, result = self._receive(0)
+            self._send(0, pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+            fine, result = self._receive(0, meanwhile)
             if not fine:
                 raise RankDied(result)
             return result
@@ -178,8 +170,7 @@ class Star:
         found = {0: value}
         for rank in self.members[1:]:
             try:
-                self._await(rank, meanwhile)
-                found[rank] = self._receive(rank)
+                found[rank] = self._receive(rank, meanwhile)
             except OSError:
                 self._lost(rank)
         dead = [r for r in self.members if r in self.deaths]
@@ -187,14 +178,14 @@ class Star:
         for rank, own in list(zip(self.members, answers, strict=True))[1:]:
             try:
                 if rank not in self.deaths:
-                    self._send(self._links[rank], (not dead, own))
+                    self._send(rank, pickle.dumps((not dead, own), pickle.HIGHEST_PROTOCOL))
             except OSError:  # it is found missing in the next operation
                 self._lost(rank)
         if dead:
             raise RankDied(dead)
         return answers[0]
 
-    def _await(self, rank: int, meanwhile: Callable[[], None] | None = None) -> None:
+    def _await(self, rank: int, meanwhile: Callable[[], None] | None) -> None:
         """Return when something has come from a rank, or its end."""
         poll = select.poll()
         poll.register(self._links[rank], select.POLLIN)
@@ -204,25 +195,25 @@ class Star:
             if meanwhile is not None:
                 meanwhile()
 
-    def _send(self, link: socket.socket, value: Any) -> None:
-        data = pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
-        link.sendall(_HEAD.pack(self._generation, len(data), True))
+    def _send(self, rank: int, data: bytes | memoryview, pickled: bool = True) -> None:
+        link = self._links[rank]
+        link.sendall(_HEAD.pack(self._generation, len(data), pickled))
         link.sendall(data)
 
-    def _receive(self, rank: int, pickled: bool = True) -> Any:
+    def _receive(self, rank: int, meanwhile: Callable[[], None] | None = None, pickled: bool = True) -> Any:
         """The next message of this kind and generation; others were of an operation that somebody's death ended."""
         while True:
-            generation, size, is_pickle = _HEAD.unpack(self._exactly(rank, _HEAD.size))
-            data = self._exactly(rank, size)
+            generation, size, is_pickle = _HEAD.unpack(self._exactly(rank, _HEAD.size, meanwhile))
+            data = self._exactly(rank, size, meanwhile)
             if generation >= self._generation and is_pickle == pickled:
                 # Of our own ranks, over a socket that only they have.
                 return pickle.loads(data) if pickled else data
 
-    def _exactly(self, rank: int, size: int) -> bytearray:
+    def _exactly(self, rank: int, size: int, meanwhile: Callable[[], None] | None) -> bytearray:
         data = bytearray(size)
         view = memoryview(data)
         while view:
-            self._await(rank)  # a forked child of a dead rank may hold its socket open
+            self._await(rank, meanwhile)  # a forked child of a dead rank may hold its socket open
             count = self._links[rank].recv_into(view)
             if not count:
                 raise ConnectionResetError("the other end has died")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 from hpcasync.errors import UsageError
 from hpcasync.launch.library import Library
 from hpcasync.launch.processes import SHARED, TOKEN, Ledger, end, processes, ranks, segments, send
-from hpcasync.train.launched import FOLDER, RESTARTED, SURVIVE, TRAINING
+from hpcasync.train.launched import FOLDER, RESTARTED, SURVIVE, TRAINING, Death, death, noted_deaths
 from hpcasync.train.signals import EXIT_CODE
 
 LOOK_SECONDS = 0.2
@@ -45,11 +47,26 @@ class Job:
         count: ranks.
         program: one rank's command.
         survive: ranks may die, all but rank 0.
+        noted: find out whose death ends the job; always with ``survive``.
+        earlier: who died in the starts before; None for a first start.
+
+    Attributes:
+        deaths: after its end, of the ranks that were killed or hung.
     """
 
-    def __init__(self, library: Library, count: int, program: list[str], survive: bool = False) -> None:
-        self._library, self._count, self._program, self._survive = library, count, program, survive
+    def __init__(
+        self,
+        library: Library,
+        count: int,
+        program: list[str],
+        survive: bool = False,
+        noted: bool = False,
+        earlier: list[Death] | None = None,
+    ) -> None:
+        self._library, self._count, self._program = library, count, program
+        self._survive, self._noted, self._earlier = survive, noted, earlier
         self._token, self._received, self._passed_on = "", 0, False
+        self.deaths: list[Death] = []
 
     @property
     def asked_to_stop(self) -> bool:
@@ -66,9 +83,13 @@ class Job:
         with tempfile.TemporaryDirectory(prefix="hpcasync-launch-") as folder:
             env = self._library.environment(self._count) | {TOKEN: self._token, FOLDER: folder}
             env |= {SURVIVE: "1"} if self._survive else {}
-            process = subprocess.Popen(self._library.command(self._count, self._program, self._survive), env=env)
+            env |= {RESTARTED: json.dumps(self._earlier)} if self._earlier is not None else {}
+            command = self._library.command(self._count, self._program, self._survive, self._noted)
+            process = subprocess.Popen(command, env=env)
             try:
-                return self._watch(process, Path(folder), ledger)
+                code = self._watch(process, Path(folder), ledger)
+                self.deaths = self._find_deaths(Path(folder))
+                return code
             finally:
                 end(self._token)
                 process.wait()
@@ -94,6 +115,17 @@ class Job:
             return _ended(folder).get(0, 1)
         return 128 - code if code < 0 else code
 
+    def _find_deaths(self, folder: Path) -> list[Death]:
+        found = {of["rank"]: of for of in noted_deaths(folder)}
+        # Where the end of one ends all, only the first one was killed by somebody else.
+        pages = folder.glob("rank-*[0-9]") if self._survive else folder.glob("first")
+        for page in pages:
+            words = page.read_text().split()
+            rank, code = (int(page.name[5:]), int(words[0])) if self._survive else (int(words[0]), int(words[1]))
+            if code > 128 and rank not in found:
+                found[rank] = death(rank, page.stat().st_mtime, f"killed by signal {code - 128}")
+        return sorted(found.values(), key=lambda of: of["time"])
+
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._received = number
         if number == signal.SIGINT:
@@ -108,21 +140,42 @@ class Job:
         self._passed_on = bool(there)
 
 
-def run_with_restarts(job: Job, again: Job, restarts: int) -> int:
-    """Run ``job``; when it dies, ``again``, at most so many times. Bad input and a stop on request are no death."""
+def run_with_restarts(start: Callable[[int, list[Death] | None], Job], count: int, least: int, restarts: int) -> int:
+    """Run a job; when it dies, start it again, at most so many times. Bad input and a stop on request are no death.
+
+    Args:
+        start: makes the job for so many ranks; of the ranks that died in its starts before, None for the first.
+        count: ranks of the first start.
+        least: ranks that are killed or hang are left out of the next start, down to so many.
+        restarts: at most.
+
+    Returns:
+        The exit code of the last one.
+    """
+    job, deaths = start(count, None), list[Death]()
     code = job.run()
     for attempt in range(1, restarts + 1):
         if code in (0, 2, EXIT_CODE) or job.asked_to_stop:
             return code
+        deaths += job.deaths
+        before, count = count, max(least, count - len(job.deaths))
         print(
-            f"hpcasync: the job died with exit code {code}; restart {attempt} of {restarts} from the newest checkpoint",
+            f"hpcasync: {_what_ended(code, job.deaths)}; restart {attempt} of {restarts} from the newest checkpoint"
+            + (f", with {count} of {before} ranks" if count < before else ""),
             file=sys.stderr,
             flush=True,
         )
-        job = again
-        os.environ[RESTARTED] = "1"
+        job = start(count, deaths)
         code = job.run()
     return code
+
+
+def _what_ended(code: int, deaths: list[Death]) -> str:
+    said = []
+    for of in deaths:
+        at = time.strftime("%H:%M:%S", time.localtime(of["time"]))
+        said.append(f"rank {of['rank']} ({of.get('cause', 'died')} at {at})")
+    return f"the job died with exit code {code}" + (f", of {', '.join(said)}" if said else "")
 
 
 def _ended(folder: Path) -> dict[int, int]:

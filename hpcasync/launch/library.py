@@ -22,11 +22,15 @@ OUTER = ("OMPI_COMM", "PMI_", "PMIX_", "PRTE_")
 WRAPPER = """trap '' USR1
 "$@"
 code=$?
-page="$HPCASYNC_LAUNCH_FOLDER/rank-${PMI_RANK:-$OMPI_COMM_WORLD_RANK}"
+rank=${PMI_RANK:-$OMPI_COMM_WORLD_RANK}
+page="$HPCASYNC_LAUNCH_FOLDER/rank-$rank"
+(set -C; echo "$rank $code" >"$HPCASYNC_LAUNCH_FOLDER/first") 2>/dev/null
 echo "$code" >"$page.tmp"
 mv "$page.tmp" "$page"
-exit 0"""
-"""Around each rank of a job that is to outlive ranks: Hydra's proxy kills the others when a child of its own is killed."""
+"""
+"""Around each rank whose end is to be known: it notes the exit code, and the first one that it is the first."""
+OUTLIVE, FOLLOW = "exit 0", 'exit "$code"'
+"""Its last words. Hydra's proxy kills the others when a child of its own is killed: in a job that is to outlive ranks none is."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,17 @@ class Library:
     name: str
     mpiexec: str
 
-    def command(self, ranks: int, program: list[str], survive: bool) -> list[str]:
-        """What starts ``program`` on so many ranks of this machine; with ``survive`` the end of one does not end the others."""
-        if survive:
-            program = ["sh", "-c", WRAPPER, "hpcasync-rank", *program]
+    def command(self, ranks: int, program: list[str], survive: bool, noted: bool = False) -> list[str]:
+        """What starts ``program`` on so many ranks of this machine; with ``survive`` the end of one does not end the others.
+
+        Args:
+            ranks: their number.
+            program: one rank's command.
+            survive: see above.
+            noted: each rank's end is noted, as it always is with ``survive``.
+        """
+        if survive or noted:
+            program = ["sh", "-c", WRAPPER + (OUTLIVE if survive else FOLLOW), "hpcasync-rank", *program]
         if self.name == "openmpi":
             crowded = ["--oversubscribe"] if ranks > (os.cpu_count() or 1) else []
             return [self.mpiexec, *crowded, *["--continuous"] * survive, "--bind-to", "none", "-n", str(ranks), *program]

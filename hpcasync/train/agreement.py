@@ -193,7 +193,7 @@ class Outliving(Agreement):
     def decide(self, due: bool, end: bool = False) -> Decision:
         own = bool(signals.received()), due and self.world.rank == 0, end
         with self.mode.share.phase("wait"):
-            found = self._survival.star.meet(own, self._while_waiting)
+            found = self._survival.star.allgather(own, self._while_waiting)
         self._meeting += 1
         return _decision(found)
 

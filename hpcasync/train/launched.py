@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 SURVIVE = "HPCASYNC_SURVIVE"
 """Set where ranks may die without ending the job."""
 RESTARTED = "HPCASYNC_RESTARTED"
-"""Set where a job was started again after a death."""
+"""Set where a job was started again after a death: who has died so far, in JSON."""
 FOLDER = "HPCASYNC_LAUNCH_FOLDER"
-"""Where ranks leave word: each its exit code, rank 0 that the others may die from now on."""
+"""Where ranks leave word: each its exit code, rank 0 that the others may die from now on, and who has died."""
 TRAINING = "training"
+DEATH = "death-"
+
+Death = dict[str, Any]
+"""Of a rank that was killed or hung: ``rank`` (its number in that start of the job), ``time`` (seconds since 1970), ``samples``,
+``updates`` of its own (0 where others count them), ``shards`` whose lock it held; where known ``epoch``, ``step``, ``cause``."""
 
 
 def survives() -> bool:
@@ -27,3 +37,36 @@ def restarted() -> bool:
 def now_training() -> None:
     """Tell the launcher that the job goes on without a rank that dies from now on."""
     (Path(os.environ[FOLDER]) / TRAINING).touch()
+
+
+def death(rank: int, when: float, cause: str) -> Death:
+    """Of a rank of which no more is known, or whose work the checkpoint counts."""
+    return {"rank": rank, "time": when, "samples": 0, "updates": 0, "shards": [], "cause": cause}
+
+
+def note_death(of: Death) -> None:
+    """Tell the launcher, if there is one, who has died."""
+    folder = os.environ.get(FOLDER)
+    if folder:
+        with contextlib.suppress(OSError):  # full or gone: the wrappers' word is left
+            page = Path(folder) / f"{DEATH}{of['rank']}"
+            page.with_suffix(".tmp").write_text(json.dumps(of))
+            page.with_suffix(".tmp").rename(page)
+
+
+def note_hung(ranks: Iterable[int]) -> None:
+    """Tell the launcher which ranks hang, for which the job ends."""
+    for rank in ranks:
+        note_death(death(rank, time.time(), "hung"))
+
+
+def noted_deaths(folder: Path) -> list[Death]:
+    """What was noted there."""
+    return [json.loads(page.read_text()) for page in folder.glob(f"{DEATH}*") if not page.suffix]
+
+
+def earlier_deaths(known: list[Death]) -> list[Death]:
+    """``known`` of the checkpoint, and those of earlier starts that it does not know: it is older, and counts their work."""
+    told: list[Death] = json.loads(os.environ.get(RESTARTED, "[]"))
+    there = {(of["rank"], of["time"]) for of in known}
+    return known + [of | {"samples": 0, "updates": 0} for of in told if (of["rank"], of["time"]) not in there]

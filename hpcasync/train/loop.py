@@ -112,6 +112,7 @@ def _train(
                 mode.close()
                 raise
             progress.resumed(run.steps)
+        run.earlier_deaths = launched.earlier_deaths(run.earlier_deaths)
         if config.resume is not None:
             rows = source.facts["rows"] if source is not None else []
             _together(world, lambda: folder.begin(rows) if folder is not None else None)
@@ -250,7 +251,7 @@ class Run:
         self.epoch, self.step, self.steps, self.samples = 1, 0, 0, 0
         self.loss, self.seen = 0.0, 0  # of the present epoch: sum of the losses of its samples, and their number
         self.row: dict[str, Any] = {}
-        self.earlier_deaths: list[dict[str, Any]] = []  # before the checkpoint that the run goes on from
+        self.earlier_deaths: list[launched.Death] = []  # before this start of the run
         self.log = StepLog(mode.share)
         self.inside = Inside(mode, self.guided, world)
         self.record: Record | None = None
@@ -263,7 +264,7 @@ class Run:
 
     @property
     def deaths(self) -> list[dict[str, Any]]:
-        """Of the ranks that have died, before the last resume too."""
+        """Of the ranks that have died, also in earlier starts."""
         return self.earlier_deaths + ([] if self.survival is None else self.survival.deaths)
 
     def together(self, meeting: Callable[[], T]) -> T:

@@ -194,7 +194,9 @@ class Record:
             mode.recorder = None
         final = None if model is None else model_arrays(model)
         digest = "" if final is None else arrays_digest(final)
-        facts = None if final is None else {"parameters_sha256": digest, "full": self._full, "deaths": self._run.deaths}
+        survival = self._run.survival  # those that died in earlier starts ended them: the record has been cut to the checkpoint
+        deaths = [] if survival is None else survival.deaths
+        facts = None if final is None else {"parameters_sha256": digest, "full": self._full, "deaths": deaths}
         try:
             self.file.close(final if self._run.world.rank == 0 else None, facts)
         except UsageError as error:

@@ -20,6 +20,7 @@ from hpcasync.modes import KStep, Mode, Sync
 from hpcasync.train.checkpoint import Stateful, save_alone
 from hpcasync.train.config import TrainConfig
 from hpcasync.train.keeper import Keeper
+from hpcasync.train.launched import note_hung
 
 
 class StallWatch:
@@ -119,7 +120,7 @@ def _begin(watch: Watch, mode: Sync | KStep, save: Callable[[], str]) -> Removab
     """Count the steps of ``mode`` until the handle is removed, and tell what its operations are."""
     kind = GRADIENTS if isinstance(mode, Sync) else MODELS
     mode.collectives = WatchedCollectives(mode.collectives, watch.signs, kind)
-    watch.begin(mode.steps, save)
+    watch.begin(mode.steps, save, note_hung)
     return mode.register_step_post_hook(lambda *_: watch.signs.stepped())
 
 

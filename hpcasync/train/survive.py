@@ -24,7 +24,7 @@ from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Mode
 from hpcasync.modes.state import idle
 from hpcasync.store import WindowStore
-from hpcasync.train import signals
+from hpcasync.train import launched, signals
 
 T = TypeVar("T")
 
@@ -54,10 +54,14 @@ class Survival:
         if not isinstance(mode, Async) or mode.mode != "async" or world.nodes > 1:
             raise UsageError(
                 f"launch --survive: mode {mode.mode} on {world.nodes} node(s); only mode async on one node outlives its ranks. "
-                "With the others use launch --max-restarts: the run goes on from its last checkpoint"
+                "Instead: launch --max-restarts N --min-ranks M, which starts the run again from its last checkpoint without the "
+                "lost rank; on several nodes train --resume auto on those that are left"
             )
         if not hasattr(os, "pidfd_open"):
-            raise UsageError("launch --survive: needs Linux 5.3 and its pidfd_open, to hear of deaths; use launch --max-restarts")
+            raise UsageError(
+                "launch --survive: needs Linux 5.3 and its pidfd_open, to hear of deaths; instead: launch "
+                "--max-restarts N --min-ranks M"
+            )
         assert isinstance(mode.store, WindowStore)
         self._mode, self._store, self._first = mode, mode.store, world
         self._board = shared_rows(world, 8 * (CALL + 1))[:, : 8 * (CALL + 1)].view(np.int64)
@@ -82,6 +86,7 @@ class Survival:
         epoch, step, samples, updates = self._board[rank, :CALL].tolist()
         done = {"epoch": epoch, "step": step, "samples": samples, "updates": updates, "shards": shards}
         self._buried[rank] = {"rank": rank, "time": when} | done
+        launched.note_death(self._buried[rank])
         if self.told is not None:
             self.told(rank)
         at = time.strftime("%H:%M:%S", time.localtime(when))

@@ -30,6 +30,8 @@ def launch(*words: str | Path, timeout: float = 90) -> subprocess.CompletedProce
         (["-n", "2"], "no command"),
         (["-n", "2", "--max-restarts", "-1", "--", "true"], "expected 0 or more"),
         (["-n", "2", "--max-restarts", "1", "--", "train"], "with --output"),
+        (["-n", "2", "--min-ranks", "1", "--", "train"], "expected 1 to -n 2, and --max-restarts N"),
+        (["-n", "2", "--min-ranks", "3", "--max-restarts", "1", "--", "train", "--output", "x"], "--min-ranks 3: expected 1 to"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], says: str) -> None:

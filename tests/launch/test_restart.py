@@ -41,7 +41,7 @@ EVERY, EPOCHS, STEPS = 20, 60, 23
 def test_no_more_is_lost_than_since_the_last_checkpoint(mpirun: MpiRun, mode: str) -> None:
     (mpirun.folder / "mynet.py").write_text(MODEL)
     killed: list[int] = []
-    thread = threading.Thread(target=_kill_first_rank, args=(mpirun.folder, killed), daemon=True)
+    thread = threading.Thread(target=_kill, args=(mpirun.folder, 0, killed), daemon=True)
     thread.start()
     train = ["train", "--model", "mynet:net", "--mode", mode, "--epochs", EPOCHS, "--eval-every", EPOCHS, "--json"]
     argv = ["launch", "-n", 2, "--max-restarts", 1, "--", *train, "--output", "run", "--checkpoint-every", EVERY]
@@ -57,11 +57,29 @@ def test_no_more_is_lost_than_since_the_last_checkpoint(mpirun: MpiRun, mode: st
     assert result["restarts"] == 1 and result["updates"] == EPOCHS * STEPS * (1 if mode == "sync" else 2)
 
 
-def _kill_first_rank(folder: Path, killed: list[int]) -> None:
-    """Kill rank 0 as soon as it has made some 50 steps."""
+def test_the_lost_rank_is_left_out(mpirun: MpiRun) -> None:
+    (mpirun.folder / "mynet.py").write_text(MODEL)
+    killed: list[int] = []
+    thread = threading.Thread(target=_kill, args=(mpirun.folder, 1, killed), daemon=True)
+    thread.start()
+    train = ["train", "--model", "mynet:net", "--mode", "sync", "--epochs", EPOCHS, "--eval-every", EPOCHS, "--json"]
+    words = ["-n", 3, "--max-restarts", 1, "--min-ranks", 2]
+    argv = ["launch", *words, "--", *train, "--output", "run", "--checkpoint-every", EVERY]
+    done = mpirun.cli([str(word) for word in argv], None, timeout=150)
+    thread.join()
+    assert "of rank 1 (killed by signal 9 at " in done.stderr and "with 2 of 3 ranks" in done.stderr
+    assert "made by 3 ranks, now 2. Reset: " in done.stderr
+    result = result_of(done.stdout)
+    assert result["restarts"] == 1 and result["ranks"] == 2 and result["epochs"] == EPOCHS
+    assert [(death["rank"], death["cause"]) for death in result["deaths"]] == [(1, "killed by signal 9")]
+    assert "rank 1 died at " in done.stdout
+
+
+def _kill(folder: Path, rank: int, killed: list[int]) -> None:
+    """Kill a rank as soon as it has made some 50 steps."""
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
-        for path in folder.glob("steps-0-*"):
+        for path in folder.glob(f"steps-{rank}-*"):
             if int(path.read_text() or 0) >= 50:
                 killed.append(int(path.name.split("-")[2]))
                 os.kill(killed[0], signal.SIGKILL)
