@@ -94,11 +94,11 @@ class Hierarchical(Async):
         facts = {**self.options.facts(), "delay": delay, "groups": groups, "the rule": getattr(rule, "name", rule)}
         agree(self.everyone, facts)
         group, self._heads, self.groups = split(self.everyone, groups)
-        self._delay = delay
+        self.delay = delay
         self.averages = 0
         self._since = 0  # this rank's steps since the last average began
         self._pending: Pending | None = None  # on the first ranks of groups
-        self._under_way = False  # on all ranks: an average has begun and not ended
+        self.under_way = False  # on all ranks: an average has begun and not ended
         super().__init__(
             params,
             rule,
@@ -132,20 +132,20 @@ class Hierarchical(Async):
         """
         loss = super().step(closure)
         self._since += 1
-        if self._under_way and self._since >= self._delay:
-            self._under_way = False
+        if self.under_way and self._since >= self.delay:
+            self.under_way = False
             if self._pending is not None:
                 self._timed(self._finish)
         elif self._pending is not None:
             self._pending.test()
         if self.options.due(self.steps, self._since):
             warm = self.options.warm(self.steps)
-            if warm or not self._delay:
+            if warm or not self.delay:
                 self.average(plain=warm)
             else:
                 self._since = 0
                 self.averages += 1
-                self._under_way = True
+                self.under_way = True
                 if self._heads is not None:
                     self._timed(self._begin)
         return loss
@@ -159,7 +159,7 @@ class Hierarchical(Async):
         self.share.start()
         self._check_open()
         self._since = 0
-        self._under_way = False
+        self.under_way = False
         self.averages += 1
         with self.share.phase("communicate"):
             if self._pending is not None:
@@ -183,7 +183,7 @@ class Hierarchical(Async):
 
         Collective over all ranks.
         """
-        if self._since or self._under_way:
+        if self._since or self.under_way:
             self.average()
         super().synchronize()
 
@@ -224,7 +224,7 @@ class Hierarchical(Async):
     def settle(self) -> None:
         """End an average that is under way, between steps, so that what the groups have is all there is. Collective over all."""
         self._barrier()
-        self._under_way = False
+        self.under_way = False
         if self._pending is not None:
             self._finish()
         self.everyone.collectives.barrier()
@@ -240,7 +240,7 @@ class Hierarchical(Async):
 
     def load_block(self, saved: dict[str, np.ndarray] | None, since: int, averages: int) -> None:
         """Go on inside a block: ``saved`` is what ``block_state`` gave, on rank 0 of all. Collective over all ranks."""
-        self._since, self._under_way, self.averages = since, False, averages
+        self._since, self.under_way, self.averages = since, False, averages
         for name, mine in self.block_state().items():
             if self.everyone.rank == 0 and saved is not None:
                 mine[:] = saved[name]

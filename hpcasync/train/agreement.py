@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +9,9 @@ import numpy as np
 
 from hpcasync.backoff import Backoff
 from hpcasync.comm import World
-from hpcasync.modes import Async, Hierarchical, KStep, Mode
+from hpcasync.modes import Mode
 from hpcasync.train import signals
 from hpcasync.train.survive import Survival
-
-LOOK_SECONDS = 0.25
-"""How often ranks in step ask each other."""
 
 
 @dataclass(frozen=True)
@@ -59,58 +55,6 @@ class Agreement:
         """Leave the others. Collective."""
 
 
-class InStep(Agreement):
-    """For ranks that make the same steps together: saves are due on all at the same step, and signals are asked for in
-    one small allreduce about four times a second, right after a step (sync) or an average (kstep, hierarchical) that was
-    collective anyhow, and at the end of an epoch. How many steps that is follows from the slowest rank's pace, so that all
-    ranks ask at the same step.
-    """
-
-    def __init__(self, mode: Mode) -> None:
-        super().__init__(mode)
-        self._comm = self.world.comm.Dup()
-        self._ticks, self._next, self._averages = 0, 1, 0
-        self._began = time.perf_counter()
-        self._pace = 0.0  # seconds from tick to tick on this rank
-        self._stop = False
-
-    def wanted(self, due: bool) -> bool:
-        self._look()
-        return due or self._stop
-
-    def decide(self, due: bool, end: bool = False) -> Decision:
-        return Decision(self._stop, due or self._stop, end)
-
-    def asked_to_stop(self) -> bool:
-        self._ask()
-        return self._stop
-
-    def close(self) -> None:
-        self._comm.Free()
-
-    def _look(self) -> None:
-        if isinstance(self.mode, (KStep, Hierarchical)):
-            if self.mode.averages == self._averages:
-                return
-            self._averages = self.mode.averages
-        self._ticks += 1
-        self._next -= 1
-        if self._next == 0:
-            self._ask()
-
-    def _ask(self) -> None:
-        now = time.perf_counter()
-        if self._ticks:  # else this is the end of an epoch, right after the last step's question
-            self._pace = (now - self._began) / self._ticks
-        mine = np.array([bool(signals.received()), self._pace])
-        both = np.empty_like(mine)
-        with self.world.phase("asking for signals"):
-            self.world.within(_wait, self._comm.Iallreduce(mine, both, op=_max()))
-        self._ticks, self._began = 0, now
-        self._stop = bool(both[0])
-        self._next = int(np.clip(LOOK_SECONDS / both[1], 1, 10_000)) if both[1] else 1
-
-
 class Free(Agreement):
     """For ranks that go each at its own pace: a small message calls them together, each at its next step.
 
@@ -140,7 +84,7 @@ class Free(Agreement):
 
     def decide(self, due: bool, end: bool = False) -> Decision:
         with self.mode.share.phase("wait"):
-            _wait(self._comm.Ibarrier(), self._while_waiting)
+            wait(self._comm.Ibarrier(), self._while_waiting)
         due = due and self.world.rank == 0
         found = self._comm.allgather((bool(signals.received()), due, end))
         self._meeting += 1
@@ -202,36 +146,17 @@ class Outliving(Agreement):
             self._survival.call(self._meeting)
 
 
-def make_agreement(mode: Mode, survival: Survival | None = None) -> Agreement:
-    """The one that fits the mode. Collective."""
-    if survival is not None:
-        return Outliving(mode, survival)
-    if mode.everyone.size == 1:
-        return Agreement(mode)
-    return Free(mode) if goes_free(mode) else InStep(mode)
-
-
 def _decision(found: list[tuple[bool, bool, bool]]) -> Decision:
     """What follows from who was asked to stop, for whom it is time to save, and who is at the end of its epoch."""
     stop, save, end = any(s for s, _, _ in found), any(d for _, d, _ in found), all(e for _, _, e in found)
     return Decision(stop, stop or save, end)
 
 
-def goes_free(mode: Mode) -> bool:
-    """Whether each rank makes its steps at its own pace, and need not make as many as the others."""
-    return isinstance(mode, Async) and not isinstance(mode, Hierarchical)
-
-
-def _wait(request: Any, meanwhile: Any = None) -> None:
+def wait(request: Any, meanwhile: Any = None) -> None:
+    """Wait for a request of mpi4py, calling ``meanwhile`` in between."""
     # Not MPI's own wait, which would keep the core from the rank that everybody waits for.
     backoff = Backoff()
     while not request.Test():
         if meanwhile is not None:
             meanwhile()
         backoff.pause()
-
-
-def _max() -> Any:
-    from mpi4py import MPI
-
-    return MPI.MAX

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpcasync.errors import UsageError
+from hpcasync.modes import Async, Hierarchical, Mode
 from hpcasync.modes.recorder import Event
 from hpcasync.modes.state import idle
 from hpcasync.modes.wrapper import Wrapper
-from hpcasync.train.agreement import Decision, goes_free, make_agreement
+from hpcasync.train.agreement import Agreement, Decision, Free, Outliving
 from hpcasync.train.checkpoint import Stateful, restore, save_alone, save_checkpoint
 from hpcasync.train.checkpoint_folder import next_checkpoint, prune, sweep
 from hpcasync.train.checkpoint_ranks import Reading
+from hpcasync.train.in_step import InStep, Overlapped
 from hpcasync.train.records import RunFolder, environment, read_rows
+from hpcasync.train.survive import Survival
 
 if TYPE_CHECKING:
     from hpcasync.train.loop import Run
@@ -172,3 +175,19 @@ class Keeper:
             "environment": environment(run.world),
             "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }
+
+
+def make_agreement(mode: Mode, survival: Survival | None = None) -> Agreement:
+    """The one that fits the mode. Collective."""
+    if survival is not None:
+        return Outliving(mode, survival)
+    if mode.everyone.size == 1:
+        return Agreement(mode)
+    if goes_free(mode):
+        return Free(mode)
+    return Overlapped(mode) if isinstance(mode, Hierarchical) and mode.delay else InStep(mode)
+
+
+def goes_free(mode: Mode) -> bool:
+    """Whether each rank makes its steps at its own pace, and need not make as many as the others."""
+    return isinstance(mode, Async) and not isinstance(mode, Hierarchical)

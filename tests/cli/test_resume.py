@@ -24,10 +24,10 @@ from hpcasync.train import signals
 signals.install()
 from hpcasync import init
 from hpcasync.cli import main
-from hpcasync.train import agreement
+from hpcasync.train import in_step
 from hpcasync.train.progress import Progress
 
-agreement.LOOK_SECONDS = 0.0  # ask after every step: these runs last a fraction of a second
+in_step.LOOK_SECONDS = 0.0  # ask after every step: these runs last a fraction of a second
 world, plain, at, seen = init(), Progress.step, {}, 0
 
 def step(self, *args):
@@ -60,14 +60,24 @@ def net(shape, classes):
 MODES = {
     "sync": ["--mode", "sync", "--base", "adam", "--schedule", "cosine"],
     "kstep": ["--mode", "kstep", "--every", "7", "--block-momentum", "0.5", "--base", "momentum", "--lr", "0.02"],
+    # Groups of one rank: the same bits in every run.
+    "hierarchical": ["--mode", "hierarchical", "--groups", "RANKS", "--every", "7", "--delay", "4", "--block-momentum", "0.5",
+                     "--rule", "asgd", "--base", "momentum", "--lr", "0.02"],
     "guided": ["--mode", "sync", "--guided", "--rho", "4", "--base", "momentum", "--lr", "0.02"],
-}
+}  # fmt: skip
 RULES = ["trend-smooth", "gsgm", "easgd", "dc-asgd"]
 RANKS = [("mpich", 1), ("mpich", 2), ("mpich", 3), ("openmpi", 3)]
 pytestmark = pytest.mark.timeout(600)  # three launches for the first test of its ranks
 COMMON = ["train", "--model", "mynet:net", "--epochs", "3", "--batch", "32", "--json", "--seed", "3"]
 OTHER = {mode: MODES.get(mode, ["--mode", "async", "--rule", "gsgm"]) for mode in ("sync", "kstep", "async")}
 TIMES = ("seconds", "samples_per_second", "share", "resumed_from", "restarts")
+
+
+def modes_of(lane: str, ranks: int) -> list[str]:
+    """The modes that are stopped and resumed there."""
+    if lane == "openmpi":
+        return ["sync", "kstep"]
+    return [mode for mode in MODES if mode != "hierarchical" or ranks > 1]
 
 
 class Said(NamedTuple):
@@ -85,10 +95,11 @@ class Runs:
         self.lane, self.ranks, self.folder = lane, ranks, folder
         self._mpirun = MpiRun(require_lane(lane), folder)
         (folder / "mynet.py").write_text(MODEL)
-        modes = ["sync", "kstep"] if lane == "openmpi" else [*MODES]
+        modes = modes_of(lane, ranks)
+        flags = {mode: [str(ranks) if flag == "RANKS" else flag for flag in MODES[mode]] for mode in modes}
         self.rules = RULES[:2] if lane == "openmpi" else RULES
-        whole = {f"{mode} whole": ([*COMMON, *MODES[mode], "--output", f"{mode}-whole"], {}, "") for mode in modes}
-        stop = {m: ([*self.command(m, MODES[m])], {ranks - 1: 2}, "SIGUSR1") for m in modes}
+        whole = {f"{mode} whole": ([*COMMON, *flags[mode], "--output", f"{mode}-whole"], {}, "") for mode in modes}
+        stop = {m: ([*self.command(m, flags[m])], {ranks - 1: 2}, "SIGUSR1") for m in modes}
         again = {m: (stop[m][0], dict.fromkeys(range(ranks), 18), "SIGTERM") for m in modes}
         rules = {rule: (self.command(rule, ["--mode", "async", "--rule", rule, "--staleness", "4"]),) for rule in self.rules}
         rules_stop = {rule: (*rules[rule], {ranks - 1: 5}, "SIGUSR1") for rule in self.rules}
@@ -161,7 +172,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Runs]
 
 @pytest.mark.parametrize(
     ("lane_name", "ranks", "mode"),
-    [(lane, ranks, mode) for lane, ranks in RANKS for mode in MODES if (lane, mode) != ("openmpi", "guided")],
+    [(lane, ranks, mode) for lane, ranks in RANKS for mode in modes_of(lane, ranks)],
 )
 def test_stopped_twice_and_resumed_gives_the_same_bits(
     runs: Callable[[str, int], Runs], lane_name: str, ranks: int, mode: str

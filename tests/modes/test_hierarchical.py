@@ -87,7 +87,7 @@ def test_groups_of_two_train_and_end_with_one_model(mpirun: MpiRun, delay: int) 
             everyone = world.gather(flat(model).copy())
             assert all(np.array_equal(everyone[0], w) for w in everyone), rule.name
             assert not np.array_equal(start, everyone[0]) and np.isfinite(everyone[0]).all()
-            assert opt.averages == 4 + (opt._delay > 0) and opt.groups == 2 and opt.world.size == 2
+            assert opt.averages == 4 + (opt.delay > 0) and opt.groups == 2 and opt.world.size == 2
             opt.close()
         """,
         4,
