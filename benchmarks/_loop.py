@@ -38,12 +38,13 @@ def make_run(world, model: str, data: str, batch: int):
     """A run as `hpcasync train` makes it, about to make its first step."""
     from hpcasync.train import loop
     from hpcasync.train.config import make_config
+    from hpcasync.train.prepare import make_mode, prepare
     from hpcasync.train.progress import Progress
 
     keys = {"data": data, "model": model, "batch": batch, "epochs": 1000, "threads": 1}
     config = make_config(keys)
-    dataset, batches, net = loop.prepare(config, world)
-    mode = loop.make_mode(config, net, world)
+    dataset, batches, net = prepare(config, world)
+    mode = make_mode(config, net, world)
     return loop.Run(config, world, dataset, batches, net, mode, Progress(1, 1, shown=False), None, None)
 
 

@@ -23,8 +23,9 @@ from hpcasync.rules import make_rule
 from hpcasync.scaling.cases import BASE, Case
 from hpcasync.stats import Staleness, TimeShare
 from hpcasync.train.config import TrainConfig
-from hpcasync.train.loop import make_mode, prepare, train
+from hpcasync.train.loop import train
 from hpcasync.train.plot import read_curves
+from hpcasync.train.prepare import make_mode, prepare
 from hpcasync.train.slow import Slowdown
 
 WARM_UP = 5

@@ -15,14 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from hpcasync import models
 from hpcasync.comm import World, agree, init, raise_together
-from hpcasync.data import Dataset, Loader, loader, open_dataset, verification_batch
-from hpcasync.data.partition import check_batch
+from hpcasync.data import Dataset, Loader
 from hpcasync.errors import UsageError
-from hpcasync.modes import Async, Guided, Hierarchical, KStep, Mode, Sync
-from hpcasync.modes.block import BLOCK_KEYS
-from hpcasync.modes.local import bind_alone, torch_optimizer
+from hpcasync.modes import Async, Guided, Mode, Sync
 from hpcasync.modes.recorder import Event
 from hpcasync.rules import make_rule
 from hpcasync.stats import Staleness
@@ -33,8 +29,8 @@ from hpcasync.train.evaluate import evaluate
 from hpcasync.train.event_file import check_tensorboard
 from hpcasync.train.inside import Inside
 from hpcasync.train.keeper import Keeper
-from hpcasync.train.monitor import Monitor
 from hpcasync.train.outcome import Outcome, guided_record, rank_record, result_of
+from hpcasync.train.prepare import make_mode, make_monitor, prepare, verification
 from hpcasync.train.progress import Progress
 from hpcasync.train.record import Record
 from hpcasync.train.records import RunFolder
@@ -68,14 +64,14 @@ def _prepared(config: TrainConfig, world: World) -> Outcome:
     factors = _together(world, lambda: parse_slow(config.slow, world.size, least=1))
     _together(world, lambda: check_tensorboard(config.tensorboard))
     dataset, batches, model = _together(world, lambda: prepare(config, world))
-    verification = _together(world, lambda: _verification(config, dataset, world))
+    held_out = _together(world, lambda: verification(config, dataset, world))
     folder = _together(world, lambda: RunFolder(config) if world.rank == 0 else None)
     try:
         found = world.gather(_together(world, lambda: find(config) if world.rank == 0 else None))[0]
         with read_ranks(found, world) if found is not None else nullcontext() as source:
             if source is not None:
                 check_run(found, source.facts, config, dataset)
-            return _train(config, world, dataset, batches, model, verification, folder, source, factors)
+            return _train(config, world, dataset, batches, model, held_out, folder, source, factors)
     finally:
         if folder is not None:
             folder.close()
@@ -166,52 +162,6 @@ def _train(
 def _close(mode: Mode, record: dict[str, Any]) -> list[dict[str, Any]]:
     mode.close()
     return mode.everyone.gather(record)
-
-
-def make_mode(config: TrainConfig, model: nn.Module, world: World) -> Mode:
-    """The mode that ``config`` names, around ``model``. Collective."""
-    rule = make_rule(config.rule, config.options)
-    nonfinite: Any = config.on_nonfinite
-    if config.mode == "async":
-        return Async(model, rule, staleness=config.staleness, world=world, on_nonfinite=nonfinite, progress=config.progress)
-    block = {k: getattr(config, k) for k in BLOCK_KEYS}
-    if config.mode == "hierarchical":
-        return Hierarchical(
-            model,
-            rule,
-            **block,
-            delay=config.delay,
-            groups=config.groups,
-            collectives=config.collectives,
-            staleness=config.staleness,
-            world=world,
-            on_nonfinite=nonfinite,
-        )
-    optimizer = torch_optimizer(rule, model)
-    common: dict[str, Any] = {"world": world, "model": model, "collectives": config.collectives, "on_nonfinite": nonfinite}
-    if config.mode == "sync":
-        return Sync(optimizer, **common)
-    return KStep(optimizer, **block, **common)
-
-
-def make_monitor(config: TrainConfig, mode: Mode, folder: Path, steps: int) -> Monitor | None:
-    """What ``--live`` and ``--tensorboard`` ask for, None for neither. Collective.
-
-    Raises:
-        UsageError: as `Monitor`; the mode is closed then.
-    """
-    if not (config.live or config.tensorboard):
-        return None
-    files = folder / "tensorboard" if config.tensorboard else None
-    try:
-        monitor = Monitor(
-            mode, live=config.live, tensorboard=files, title=config.name, steps=config.epochs * steps, epochs=config.epochs
-        )
-    except UsageError:
-        mode.close()
-        raise
-    monitor.text("config", "".join(f"    {key} = {value!r}\n" for key, value in config.keys().items()))
-    return monitor
 
 
 class Run:
@@ -464,30 +414,6 @@ class Run:
         self.schedule.T_max, self.schedule.last_epoch = self.config.epochs * len(self.batches), self.steps
         for group, lr in zip(self.mode.param_groups, self.schedule._get_closed_form_lr(), strict=True):
             group["lr"] = lr
-
-
-def prepare(config: TrainConfig, world: World) -> tuple[Dataset, Loader, nn.Module]:
-    """The data set, this rank's batches, and the model, the same on all ranks.
-
-    Raises:
-        UsageError: bad input; perhaps on some ranks only.
-    """
-    rule = make_rule(config.rule, config.options)  # refused now if it does not fit, before a folder is made
-    rule = rule.bind(world.size) if config.mode in ("async", "hierarchical") else bind_alone(rule)
-    dataset = open_dataset(config.data)
-    if config.partition == "iid":
-        check_batch(config.batch, len(dataset.as_torch("train")), world.size)
-    batches = loader(dataset, world, batch=config.batch, seed=config.seed, partition=config.partition)
-    torch.manual_seed(config.seed)
-    model = models.build(config.model, dataset.shape, dataset.classes).to(world.device)
-    return dataset, batches, model.train()
-
-
-def _verification(config: TrainConfig, dataset: Dataset, world: World) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if not config.guided:
-        return None
-    x, y = verification_batch(dataset, config.verification, config.seed)
-    return x.to(world.device), y.to(world.device)
 
 
 def _together(world: World, work: Any) -> Any:
