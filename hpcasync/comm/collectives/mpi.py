@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ SEGMENT = 1 << 20
 
 LINE_SEGMENT = 8 << 20
 """Bytes per non-blocking MPI call: each costs more than a blocking one."""
+
+SMALL = 1 << 16
+"""Bytes up to which a sum is a message or two: where waiting is polite it needs no barrier before it."""
 
 IN_FLIGHT = 2
 """Non-blocking MPI calls under way at a time: many at once evict each other from the cache."""
@@ -60,35 +64,50 @@ class _Request:
 class _Line:
     """Allreduces of segments, begun in the order they were asked for, at most ``IN_FLIGHT`` at a time.
 
+    A large sum takes a hundred looks at it, each of which moves some 64 KB: sleeping between them would cost far more than the
+    sum. So who waits politely sleeps only as long as some rank may be missing.
+
     Args:
         begin: starts the allreduce of one segment and returns mpi4py's request.
         polite: give the core away while waiting.
+
+    Attributes:
+        asked: so many segments have been put into the line.
+        together: so many segments all ranks have asked for: they are waited for without sleeping.
     """
 
     def __init__(self, begin: Callable[[np.ndarray], Any], polite: bool) -> None:
         self._begin = begin
         self._polite = polite
-        self._asked = self._done = 0
+        self.asked = self._done = 0
         self._waiting: deque[np.ndarray] = deque()
-        self._flying: deque[_Request] = deque()
+        self._flying: deque[Any] = deque()
+        self.together = 0
 
     def ask(self, segments: Sequence[np.ndarray]) -> int:
         """Put segments into the line; returns the number to ``reach`` for all of them."""
         self._waiting.extend(segments)
-        self._asked += len(segments)
+        self.asked += len(segments)
         self._fill()
-        return self._asked
+        return self.asked
 
     def reached(self, number: int) -> bool:
         """Let the line advance without waiting; whether so many segments are done."""
-        while self._done < number and self._flying and self._flying[0].test():
+        while self._done < number and self._flying and self._flying[0].Test():
             self._land()
         return self._done >= number
 
     def reach(self, number: int) -> None:
         """Wait until so many segments are done."""
         while self._done < number:
-            self._flying[0].wait()
+            request = self._flying[0]
+            if not self._polite:
+                request.Wait()
+            elif self._done >= self.together:
+                wait_until(request.Test, True)
+            else:
+                while not request.Test():
+                    time.sleep(0)  # whose turn it is may move it on
             self._land()
 
     def _land(self) -> None:
@@ -98,7 +117,7 @@ class _Line:
 
     def _fill(self) -> None:
         while self._waiting and len(self._flying) < IN_FLIGHT:
-            self._flying.append(_Request(self._begin(self._waiting.popleft()), self._polite))
+            self._flying.append(self._begin(self._waiting.popleft()))
 
 
 class _Place:
@@ -137,11 +156,15 @@ class MPICollectives:
         return host_buffers(sizes, dtype, device)
 
     def allreduce(self, buffer: Buffer) -> None:
-        if self.polite:
-            self.start_allreduce(buffer).wait()
+        array = as_array(buffer)
+        if not self.polite:
+            for part in segments(array, SEGMENT):
+                self._comm.Allreduce(self._in_place, part, op=self._sum)
             return
-        for part in segments(as_array(buffer), SEGMENT):
-            self._comm.Allreduce(self._in_place, part, op=self._sum)
+        pending = self.start_allreduce(array)
+        if array.nbytes > SMALL:
+            self.barrier()
+        pending.wait()
 
     def start_allreduce(self, buffer: Buffer) -> Pending:
         return _Place(self._line, self._line.ask(segments(as_array(buffer), LINE_SEGMENT)))
@@ -153,8 +176,9 @@ class MPICollectives:
             self._comm.Bcast(part, root=root)
 
     def barrier(self) -> None:
-        rank = self._comm.rank
+        rank, asked = self._comm.rank, self._line.asked
         wait_until(self.start_barrier().test, self.polite, lambda seconds: warn_stalled(rank, seconds))
+        self._line.together = max(asked, self._line.together)  # by all ranks: they ask in the same order
 
     def start_barrier(self) -> Pending:
         return _Request(self._comm.Ibarrier(), self.polite)
