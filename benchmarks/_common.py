@@ -62,6 +62,35 @@ def machine() -> dict[str, Any]:
     }
 
 
+class Others:
+    """The part of the machine's CPU time that others took, while the processes started inside ran and ended.
+
+    Attributes:
+        shares: of each time, in [0, 1].
+    """
+
+    def __init__(self) -> None:
+        self.shares: list[float] = []
+
+    def __enter__(self) -> Others:
+        self._before = self._now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        whole, busy, own = (after - before for after, before in zip(self._now(), self._before, strict=True))
+        self.shares.append(max(0.0, busy - own) / whole)
+
+    def show(self) -> str:
+        """For people."""
+        middle, most = 100 * float(np.median(self.shares)), 100 * max(self.shares)
+        return f"other work took {middle:.0f} % of the CPU time (median of {len(self.shares)} launches; at most {most:.0f} %)"
+
+    def _now(self) -> tuple[float, float, float]:
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        second = os.sysconf("SC_CLK_TCK")
+        return sum(ticks) / second, (sum(ticks) - ticks[3] - ticks[4]) / second, sum(os.times()[:4])
+
+
 def launch(ranks: int, arguments: Sequence[str]) -> list[dict[str, Any]]:
     """Run this script again on ``ranks`` ranks with one thread each; returns rank 0's rows."""
     mpiexec = Path(sys.executable).with_name("mpiexec")

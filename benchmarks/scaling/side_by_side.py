@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from _common import Ratio, Report, begin, finish, interleave, launch, make_parser, timed, wide_mlp
+from _common import Others, Ratio, Report, begin, finish, interleave, launch, make_parser, timed, wide_mlp
 from _server import Worker, serve
 
 BATCH = 64
@@ -46,16 +46,19 @@ def main() -> None:
     about = begin("side_by_side")
     rounds = args.rounds or (2 if args.quick else 12)
     turns = 1 if args.quick else 3
-    report = Report()
+    report, others = Report(), Others()
     for ranks in args.ranks or ([2] if args.quick else [2, 4]):
         for name in args.models or (["lenet5"] if args.quick else list(BLOCK)):
             times: dict[str, list[np.ndarray]] = {}
             for _ in range(turns):  # the server needs one process more: launches take turns
                 for part, more in (("ranks", 0), ("server", 1)):
                     words = ["--rounds", str(-(-rounds // turns)), "--models", name, "--part", part]
-                    for side, values in launch(ranks + more, words)[0].items():
+                    with others:
+                        (found,) = launch(ranks + more, words)
+                    for side, values in found.items():
                         times.setdefault(side, []).append(np.array(values))
             case(report, name, ranks, {side: np.concatenate(values) for side, values in times.items()})
+    print(f"\n{others.show()}", flush=True)
     finish(args, "side_by_side", about, report.rows)
 
 

@@ -40,7 +40,10 @@ def add(which: Any) -> None:
     one.add_argument("--slow", action="append", default=[], metavar="RANK:FACTOR", help="a straggler; repeatable")
     one.add_argument("--target", type=float, default=None, metavar="ACCURACY",
                      help="also train, weak cases only, and find the time to it")  # fmt: skip
-    one.add_argument("--epochs", type=int, default=3, help="of those trainings (default: 3)")
+    one.add_argument("--epochs", type=int, default=3, help="of those trainings, at most (default: 3)")
+    one.add_argument("--lr", nargs="+", type=float, default=[], metavar="RATE",
+                     help="learning rates of those trainings; each case's best counts (default: the rule's own)")  # fmt: skip
+    one.add_argument("--seed", type=int, default=0, help="of the first round's trainings; each round's is one more (default: 0)")
     one.set_defaults(run=run)
 
 
@@ -79,7 +82,7 @@ def _measure(args: argparse.Namespace) -> int:
 
     from hpcasync.comm import init, raise_together
     from hpcasync.data.atomic import check_writable, replacing
-    from hpcasync.scaling.cases import BASE, make_cases
+    from hpcasync.scaling.cases import BASE, make_cases, tried
     from hpcasync.scaling.measure import seconds_to, throughput
     from hpcasync.train.slow import parse_slow
 
@@ -94,6 +97,8 @@ def _measure(args: argparse.Namespace) -> int:
             args.what, args.kinds, keys, batch=args.batch, global_batch=args.global_batch, ranks=world.size,
             block={k: v for k, v in (("every", args.every), ("collectives", args.collectives)) if v is not None},
         )  # fmt: skip
+        for case in cases:
+            tried(case.config, args.lr)
         if world.rank == 0:  # found out now, not after the measurement
             check_writable(path, needed=4096 + args.rounds * len(cases) * (512 + 32 * world.size))
     except UsageError as error:
@@ -101,13 +106,17 @@ def _measure(args: argparse.Namespace) -> int:
     except OSError as error:
         problem = f"can't write {path}: {error.strerror}; choose another --out"
     raise_together(world, problem)
+    factor = slow[world.rank]
     about = {"cores": len(os.sched_getaffinity(0)), "mpi": world.library, "torch": torch.__version__, "load": os.getloadavg()[0]}
     for turn in range(args.rounds):
         for case in cases:
             row: dict[str, Any] = {"kind": case.kind, "what": case.name, "ranks": world.size, "nodes": world.nodes}
-            row |= {"batch": case.config.batch, **throughput(world, case, args.seconds, slow[world.rank])}
+            row |= {"batch": case.config.batch, **throughput(world, case, args.seconds, factor)}
             if args.target is not None and case.kind == "weak" and case.name != BASE:
-                row |= seconds_to(world, case.config, args.target, seed=turn)
+                row["trainings"] = [
+                    {"lr": config.options["lr"], **seconds_to(world, config, args.target, seed=args.seed + turn, factor=factor)}
+                    for config in tried(case.config, args.lr)
+                ]
             rows.append(row)
             if world.rank == 0:
                 speed = f"{row['samples_per_second']:,.0f} samples/s"

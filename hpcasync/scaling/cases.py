@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpcasync.errors import UsageError, unknown
+from hpcasync.rules import make_rule
 from hpcasync.train import TrainConfig, make_config
 
 KINDS = ("weak", "strong")
@@ -72,3 +73,15 @@ def make_cases(
                 chosen["groups"] = 2 if ranks % 2 == 0 else 1
             cases.append(Case(kind, name, make_config(keys, chosen, workers=lambda: ranks)))
     return cases
+
+
+def tried(config: TrainConfig, rates: Sequence[float]) -> list[TrainConfig]:
+    """The configuration with each of these learning rates; as it is if there are none.
+
+    Raises:
+        UsageError: a rate that the rule does not take.
+    """
+    found = [replace(config, options={**config.options, "lr": rate}) for rate in rates] or [config]
+    for one in found:
+        make_rule(one.rule, one.options)
+    return found

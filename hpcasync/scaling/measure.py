@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,13 +21,15 @@ from hpcasync.rules import make_rule
 from hpcasync.scaling.cases import BASE, Case
 from hpcasync.stats import Staleness, TimeShare
 from hpcasync.train.config import TrainConfig
-from hpcasync.train.loop import train
-from hpcasync.train.plot import read_curves
+from hpcasync.train.evaluate import evaluate
 from hpcasync.train.prepare import make_mode, prepare
 from hpcasync.train.slow import Slowdown
 
 WARM_UP = 5
 """Steps of every rank before the clock runs, and again as many to find out how long one lasts."""
+EVALUATIONS = 8
+"""Per epoch, while the time to an accuracy is measured."""
+
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -57,7 +57,7 @@ def throughput(world: World, case: Case, seconds: float, factor: float = 1.0) ->
         with make_mode(case.config, model, world) as mode:
             if factor > 1:
                 Slowdown(mode, factor)
-            every = case.config.every if isinstance(case.config.every, int) and case.config.mode != "async" else 1
+            every = _every(case.config)
             step = _stepper(batches, model, mode, world)
             samples, spent = _run(world, step, mode.share, seconds, in_step=case.config.mode != "async", every=every)
             staleness = mode.staleness
@@ -65,23 +65,46 @@ def throughput(world: World, case: Case, seconds: float, factor: float = 1.0) ->
     return _summary(world.gather((samples, *spent, staleness.counts)))
 
 
-def seconds_to(world: World, config: TrainConfig, target: float, *, seed: int = 0) -> dict[str, float]:
-    """Train, and find the seconds of training after which an evaluation found ``target``. Collective.
+def seconds_to(world: World, config: TrainConfig, target: float, *, seed: int = 0, factor: float = 1.0) -> dict[str, float]:
+    """Train until an evaluation finds ``target``, no longer than the epochs of ``config``. Collective.
+
+    The ranks meet for `EVALUATIONS` evaluations per epoch, in modes kstep and hierarchical after whole averages. The clock stands
+    during evaluations.
+
+    Args:
+        world: the ranks.
+        config: of the training.
+        target: accuracy on the test split, in (0, 1].
+        seed: of the model's start and the order of the data.
+        factor: this rank computes so many times longer, see `Slowdown`.
 
     Returns:
-        ``to_target``, seconds, NaN if it was not reached, and ``accuracy``, that of the end; on the other ranks NaN.
+        On every rank ``to_target``, seconds, and ``epochs_to_target``, passes over the training data until then, both NaN if
+        it was not reached; ``accuracy``, the last one found.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        output = world.gather(folder)[0]
-        outcome = train(replace(config, output=output, seed=seed))
-        found = {"to_target": math.nan, "accuracy": outcome.result["test_accuracy"]}
-        if world.rank == 0:
-            curves = read_curves(Path(output))
-            there = np.flatnonzero(curves["test_accuracy"] >= target)
-            if len(there):
-                found["to_target"] = float(curves["seconds"][there[0]])
-        world.collectives.barrier()
-    return found
+    config = replace(config, seed=seed)
+    dataset, batches, model = prepare(config, world)
+    with make_mode(config, model, world) as mode:
+        if factor > 1:
+            Slowdown(mode, factor)
+        every = _every(config)
+        stretch = -(-len(batches) // EVALUATIONS // every) * every
+        step, steps, samples, accuracy = _stepper(batches, model, mode, world), config.epochs * len(batches), 0, 0.0
+        for done in range(0, steps, stretch):
+            mode.share.start()
+            samples += sum(step() for _ in range(min(stretch, steps - done)))
+            mode.synchronize()
+            _, accuracy = evaluate(model, dataset, world)
+            if accuracy >= target:
+                ranks = world.gather((samples, mode.share.seconds))
+                epochs = sum(count for count, _ in ranks) / len(dataset.as_torch("train"))
+                return {"to_target": max(s for _, s in ranks), "epochs_to_target": epochs, "accuracy": accuracy}
+    return {"to_target": math.nan, "epochs_to_target": math.nan, "accuracy": accuracy}
+
+
+def _every(config: TrainConfig) -> int:
+    """Steps from one average of models to the next, 1 where there are none."""
+    return config.every if config.mode in ("kstep", "hierarchical") and isinstance(config.every, int) else 1
 
 
 def _endless(batches: Loader) -> Iterator[Batch]:

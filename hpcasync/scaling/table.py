@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from hpcasync.stats import median_interval
 
 COLUMNS = (
     "kind", "what", "ranks", "nodes", "batch", "rounds", "samples_per_second", "low", "high", "efficiency", "compute",
-    "communicate", "wait", "staleness", "own", "to_target", "accuracy",
+    "communicate", "wait", "staleness", "own", "lr", "to_target", "epochs_to_target", "reached",
 )  # fmt: skip
 _KEY = ("kind", "what", "ranks", "nodes", "batch")
 
@@ -45,7 +46,9 @@ def tabulate(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One line per case with `COLUMNS`: medians over the rounds, and an interval of 95 % around that of the throughput.
 
     ``efficiency`` is the throughput over the number of ranks times that of the plain torch loop in one process, with the
-    same batch in weak scaling and with the whole one in strong; NaN where that was not measured.
+    same batch in weak scaling and with the whole one in strong; NaN where that was not measured. ``lr`` is the learning rate with
+    the shortest median time to the target accuracy, where a training that has not come to it counts as endless;
+    ``reached`` how many of its trainings have.
     """
     cases: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -64,10 +67,23 @@ def tabulate(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         speed, low, high = median_interval([row["samples_per_second"] for row in case])
         line |= {"rounds": len(case), "samples_per_second": speed, "low": low, "high": high}
         line["efficiency"] = speed / one / line["ranks"]
-        line |= {name: median(case, name) for name in COLUMNS[10:]}
+        line |= {name: median(case, name) for name in ("compute", "communicate", "wait", "staleness", "own")}
+        line |= _trained([training for row in case for training in row.get("trainings", [])])
         lines.append(line)
     order = {kind: i for i, kind in enumerate(KINDS)}
     return sorted(lines, key=lambda line: (order[line["kind"]], line["what"] != BASE, line["what"], line["ranks"], line["nodes"]))
+
+
+def _trained(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The learning rate of the quickest trainings, and how they went."""
+    best: dict[str, Any] = {"lr": math.nan, "to_target": math.inf, "epochs_to_target": math.inf, "reached": ""}
+    for lr in sorted({training["lr"] for training in trainings}):
+        mine = [training for training in trainings if training["lr"] == lr]
+        seconds, epochs = (np.nan_to_num([t[name] for t in mine], nan=math.inf) for name in ("to_target", "epochs_to_target"))
+        found = {"lr": lr, "to_target": float(np.median(seconds)), "epochs_to_target": float(np.median(epochs))}
+        if found["to_target"] < best["to_target"] or not best["reached"]:
+            best = found | {"reached": f"{np.isfinite(seconds).sum()} of {len(mine)}"}
+    return best
 
 
 def write_table(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
@@ -108,9 +124,10 @@ def write_table(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     """The table for people."""
+    trained = any(line["reached"] for line in lines)
     head = (
         "scaling", "what", "ranks", "nodes", "batch", "samples/s", "95 % interval", "efficiency",
-        "compute / communicate / wait", "staleness", "s to target", "accuracy",
+        "compute / communicate / wait", "staleness", *(("lr", "s to target", "epochs to it", "reached") if trained else ()),
     )  # fmt: skip
     text = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for line in lines:
@@ -118,11 +135,14 @@ def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
         cells = [
             line["kind"], line["what"], line["ranks"], line["nodes"], line["batch"], f"{line['samples_per_second']:,.0f}",
             f"{line['low']:,.0f} - {line['high']:,.0f}", _number(line["efficiency"], ".2f"), split,
-            _number(line["staleness"], ".2f"), _number(line["to_target"], ".1f"), _number(100 * line["accuracy"], ".1f"),
+            _number(line["staleness"], ".2f"),
         ]  # fmt: skip
+        if trained:
+            cells += [_number(line["lr"], "g"), _number(line["to_target"], ".1f"), _number(line["epochs_to_target"], ".2f")]
+            cells.append(line["reached"] or "-")
         text.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(text) + "\n"
 
 
 def _number(value: float, form: str) -> str:
-    return "-" if np.isnan(value) else format(value, form)
+    return format(value, form) if np.isfinite(value) else "-"

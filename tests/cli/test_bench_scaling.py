@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -17,7 +18,8 @@ SHORT = ["bench", "scaling", "--model", "logistic", "--seconds", "0.1", "--round
 def test_two_launches_and_the_table(mpirun: MpiRun, tmp_path: Path) -> None:
     what = ["--what", "sync", "kstep", "async:gsgm", "async:asgd", "hierarchical", "--every", "2"]
     mpirun.cli([*SHORT, "--out", tmp_path, *what], n=1)
-    mpirun.cli([*SHORT, "--out", tmp_path, *what, "--target", "0.3", "--epochs", "2", "--kinds", "weak"], n=2)
+    target = ["--target", "0.3", "--lr", "0.02", "1e-9", "--epochs", "1", "--kinds", "weak"]
+    mpirun.cli([*SHORT, "--out", tmp_path, *what, *target], n=2)
     alone, two = (json.loads(next(tmp_path.glob(f"ranks-{n}-*.json")).read_text()) for n in (1, 2))
     assert [row["what"] for row in alone["rows"]].count("torch") == 4  # weak and strong, two rounds
     assert len(two["rows"]) == 10 and {row["ranks"] for row in two["rows"]} == {2}
@@ -26,7 +28,11 @@ def test_two_launches_and_the_table(mpirun: MpiRun, tmp_path: Path) -> None:
         assert row["compute"] + row["communicate"] + row["wait"] == pytest.approx(1, abs=0.01)
         assert len(row["by_rank"]) == row["ranks"]
     asynchronous = [row for row in two["rows"] if row["what"] == "async:asgd"]
-    assert all(row["staleness"] >= 0 and 0 < row["accuracy"] <= 1 for row in asynchronous)
+    assert all(row["staleness"] >= 0 for row in asynchronous)
+    for row in two["rows"]:
+        quick, never = row["trainings"]
+        assert quick["to_target"] > 0 and quick["accuracy"] >= 0.3 and 0 < quick["epochs_to_target"] <= 1.1
+        assert math.isnan(never["to_target"]) and never["accuracy"] < 0.3
     assert "torch" in mpirun.cli(["bench", "scaling", "--table", "--out", tmp_path], n=None).stdout
     assert (tmp_path / "scaling.csv").exists() and (tmp_path / "scaling.png").read_bytes()[:4] == b"\x89PNG"
     assert not list(tmp_path.glob(".*"))  # written under temporary names
@@ -52,6 +58,7 @@ BAD = {
     "--seconds 0": ["--seconds"],
     "--rounds 0": ["--rounds"],
     "--target 90": ["--target", "0.9"],
+    "--lr -1": ["lr", "-1"],
     "--what async:adam": ["adam"],
     "--data nothing": ["nothing"],
     "--out /proc/x": ["/proc/x"],

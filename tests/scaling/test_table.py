@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,11 @@ from hpcasync.errors import UsageError
 from hpcasync.scaling.table import COLUMNS, markdown, read_rows, tabulate, write_table
 
 
-def row(kind: str, what: str, ranks: int, batch: int, speed: float, **more: float) -> dict:
+def trained(lr: float, seconds: float, epochs: float) -> dict:
+    return {"lr": lr, "to_target": seconds, "epochs_to_target": epochs, "accuracy": 0.9}
+
+
+def row(kind: str, what: str, ranks: int, batch: int, speed: float, **more: Any) -> dict:
     share = {"compute": 0.5, "communicate": 0.3, "wait": 0.2}
     return {"kind": kind, "what": what, "ranks": ranks, "nodes": 1, "batch": batch, "samples_per_second": speed, "own": 2 * speed,
             "staleness": 1.5, **share, **more}  # fmt: skip
@@ -21,7 +26,9 @@ ROWS = [
     *(row("weak", "torch", 1, 32, speed) for speed in (90.0, 100.0, 110.0)),
     *(row("weak", "sync", 4, 32, speed) for speed in (190.0, 200.0, 400.0)),
     row("strong", "torch", 1, 128, 300.0),
-    row("strong", "async:asgd", 4, 32, 600.0, to_target=2.5, accuracy=0.9),
+    row("strong", "async:asgd", 4, 32, 600.0, trainings=[trained(0.1, 2.5, 1.25), trained(0.2, 2.0, 1.0)]),
+    row("strong", "async:asgd", 4, 32, 600.0, trainings=[trained(0.1, 3.5, 1.75), trained(0.2, math.nan, math.nan)]),
+    row("strong", "async:asgd", 4, 32, 600.0, trainings=[trained(0.1, math.nan, math.nan), trained(0.2, math.nan, math.nan)]),
 ]
 
 
@@ -31,7 +38,10 @@ def test_medians_and_efficiencies_by_hand() -> None:
     assert (weak["samples_per_second"], weak["low"], weak["high"], weak["rounds"]) == (200.0, 190.0, 400.0, 3)
     assert weak["efficiency"] == pytest.approx(200 / (4 * 100))
     assert strong["efficiency"] == pytest.approx(600 / (4 * 300)), "against the whole batch of 128"
-    assert (strong["to_target"], strong["accuracy"]) == (2.5, 0.9) and math.isnan(weak["to_target"])
+    # At rate 0.2 most have not come to the target; at 0.1 the median of 2.5, 3.5 and never.
+    assert [strong[k] for k in ("lr", "to_target", "epochs_to_target", "reached")] == [0.1, 3.5, 1.75, "2 of 3"]
+    assert weak["reached"] == "" and "| 0.1 | 3.5 | 1.75 | 2 of 3 |" in markdown(list(lines.values()))
+    assert "target" not in markdown([weak])
     assert [line["what"] for line in tabulate(ROWS)] == ["torch", "sync", "torch", "async:asgd"]
 
 
