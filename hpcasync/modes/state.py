@@ -98,7 +98,7 @@ def _rule_state(mode: Async, state: np.ndarray, versions: list[int]) -> dict[str
         "model": rows[0],
         "vectors": {v.name: row for v, row in zip(mode.rule.vectors, rows[1:], strict=True)},
         "versions": np.array(versions, np.int64),
-        "notes": np.array(mode.store.notes),
+        "notes": mode.store.shard_notes(),
     }
 
 
@@ -113,14 +113,12 @@ def rank_state(mode: Mode, clock: int) -> dict[str, Any]:
     if isinstance(mode, Wrapper):
         return own | {"parameters": {n: p.detach() for n, p in named_parameters(mode).items()}, "optimizer": mode.state_dict()}
     assert isinstance(mode, Async)
-    worker = mode._worker
-    # Across nodes the vectors of the rules without own copies stand where they are used, at the shards' owners.
-    private = mode.rule.private_vectors[: len(worker.private)]
+    worker, private = mode._worker, mode.store.own_vectors(mode._worker)
     if isinstance(mode, Hierarchical):
         own |= {"group": _group_state(mode), "since": mode._since, "averages": mode.averages}
     return own | {
         "copy": _by_name(mode, mode._out) if mode.rule.own_copy else {},
-        "private": {v.name: _by_name(mode, worker.private[row]) for row, v in enumerate(private)},
+        "private": {v.name: _by_name(mode, row) for v, row in zip(mode.rule.private_vectors, private, strict=True)},
         "read": worker.read,
         "pushed": worker.pushed,
         "pushes": worker.steps,
@@ -155,7 +153,7 @@ def restore(mode: Mode, shared: Any, own: Any, *, same: bool, mean: Mean) -> tup
         mean: gives the mean over the old ranks of what lies under a path of their state.
 
     Returns:
-        What was reset, since it means nothing on another number of ranks.
+        What was reset, since it means nothing on another number of ranks, or with other shards.
     """
     with torch.no_grad():
         for name, tensor in other_tensors(mode).items():
@@ -203,10 +201,12 @@ def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str,
     mode._flat.attach()
     store.barrier()
     store.restart(mode._worker)
-    private = rule.private_vectors
-    complete = len(own["private"]) == len(private) == len(mode._worker.private)
-    complete = same and all(mode.world.gather(complete))
-    state = versions = None
+    private, worker = rule.private_vectors, mode._worker
+    alike = len(own["pushed"]) == len(worker.pushed)  # on other nodes the same model has other shards
+    # The vectors of a rule without own copies go with the shards' notes.
+    complete = same and len(own["private"]) == len(private) and (alike or not private or rule.own_copy)
+    complete = all(mode.world.gather(complete))
+    state = versions = notes = None
     if rank == 0:
         # Shared vectors that mean nothing without the workers' own start anew with them.
         keep = {v.name for v in rule.vectors if v.saved or complete}
@@ -217,15 +217,15 @@ def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str,
             if v.name in keep:
                 _fill(mode, state[row], shared["vectors"][v.name])
         versions = shared["versions"].tolist()
-    versions = mode.world.gather(versions)[0]
-    store.install(state, versions)
-    if complete and rank == 0 and store.notes.shape == shared["notes"].shape:
-        store.notes[:] = shared["notes"]
-    worker = mode._worker
-    alike = len(own["pushed"]) == len(worker.pushed)  # on other nodes the same model has other shards
+        notes = shared["notes"] if complete and len(shared["notes"]) == len(store.layout.shards) else None
+    versions, notes = mode.world.gather((versions, notes))[0]
+    store.install(state, versions, notes)
+    if complete and private:
+        values = np.zeros((len(private), store.layout.total), np.float32)
+        for values_of, v in zip(values, private, strict=True):
+            _fill(mode, values_of, own["private"][v.name])
+        store.set_own_vectors(worker, values)
     if complete:
-        for row, v in enumerate(private):
-            _fill(mode, worker.private[row], own["private"][v.name])
         worker.pushed[:] = own["pushed"] if alike else own["pushed"].all()
     if same:
         worker.steps = own["pushes"]

@@ -168,17 +168,18 @@ class Store:
         else:
             self.start_state(w)
 
-    def install(self, state: np.ndarray | None, versions: Sequence[int]) -> None:
-        """Set everything that is shared, as ``snapshot`` and ``shard_versions`` gave it. Collective.
+    def install(self, state: np.ndarray | None, versions: Sequence[int], notes: np.ndarray | None = None) -> None:
+        """Set everything that is shared, as ``snapshot``, ``shard_versions`` and ``shard_notes`` gave it. Collective.
 
         Args:
             state: float32 (1 + vectors, layout.total); only the first worker's counts, the others may give None.
             versions: of the shards, the same on all; of another sharding: the largest stands for all, since all shards
                 have had nearly the same number of updates.
+            notes: of the shards, the same on all; None for none yet.
         """
         assert state is not None
         self.state[:] = state
-        self.notes[:] = 0
+        self.notes[:] = 0 if notes is None else notes
         self.writers[:] = -1
         self.versions[:] = self._own_versions(versions)
 
@@ -189,6 +190,18 @@ class Store:
     def shard_versions(self) -> list[int]:
         """Updates applied to each shard."""
         return list(map(int, self.versions))
+
+    def shard_notes(self) -> np.ndarray:
+        """The rule's counts of each shard, int64 (shards, NOTES): a copy. Nobody may push meanwhile."""
+        return np.array(self.notes)
+
+    def own_vectors(self, worker: Worker) -> np.ndarray:
+        """The worker's own vectors, float32 (private vectors of the rule, layout.total), wherever they lie; to be read only."""
+        return worker.private
+
+    def set_own_vectors(self, worker: Worker, values: np.ndarray) -> None:
+        """Set the worker's own vectors, as ``own_vectors`` gave them."""
+        worker.private[:] = values
 
     def restart(self, worker: Worker) -> None:
         """Set a worker's own vectors to their start, as if it had never pushed."""

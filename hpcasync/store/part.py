@@ -69,7 +69,7 @@ class Part(Store):
 
         self.port = port
         self._lines = view("lines", np.int64, count * LINE)
-        lines = self._lines.reshape(count, LINE)
+        self.lines = lines = self._lines.reshape(count, LINE)
         self.requests = view("requests", np.int64, senders * count)
         self.done = view("done", np.int64, senders * count)
         self._answers = view("answers", np.int64, senders, count, LINE)

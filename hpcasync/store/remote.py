@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ from hpcasync.kernels import GRADIENTS, PLAN
 from hpcasync.kernels.atomic import put
 from hpcasync.rules import Rule
 from hpcasync.rules.base import NO_VECTORS
-from hpcasync.store.base import IDLE, Store, Worker
+from hpcasync.store.base import IDLE, NOTES, Store, Worker
 from hpcasync.store.hosted import end_hosts, start_hosts
 from hpcasync.store.layout import Layout
 from hpcasync.store.memory import Memory
-from hpcasync.store.part import ANSWER_TAU, ANSWER_VERSION, CLOCK, FIRST, OP, PULL, PUSH, READ, SEQUENCE, VERSION, Part
+from hpcasync.store.part import ANSWER_TAU, ANSWER_VERSION, CLOCK, FIRST, NOTE, OP, PULL, PUSH, READ, SEQUENCE, VERSION, Part
 from hpcasync.store.placement import LINE, WIDTH, Segment, place
 from hpcasync.store.window import _shared_memory_problem
 from hpcasync.store.words import encode, numbers, pair
@@ -166,7 +166,7 @@ class RemoteStore(Store):
         self._slot_is_read[:] = False
         self.barrier()
 
-    def install(self, state: np.ndarray | None, versions: Sequence[int]) -> None:
+    def install(self, state: np.ndarray | None, versions: Sequence[int], notes: np.ndarray | None = None) -> None:
         versions = self._own_versions(versions)
         writes = self._world.local_rank == 0
         for row in range(1 + len(self.rule.vectors)):
@@ -175,20 +175,25 @@ class RemoteStore(Store):
             for part in self._parts.values() if writes else ():
                 part.state[row] = values[part.port.start : part.port.stop]
         for part in self._parts.values() if writes else ():
-            part.notes[:] = 0
+            part.notes[:] = 0 if notes is None else notes[slice(*part.port.shards)]
             part.writers[:] = -1
             part.versions[:] = versions[slice(*part.port.shards)]
         self._slot_is_read[:] = False
         self.barrier()
 
     def shard_versions(self) -> list[int]:
-        versions = np.zeros(len(self.layout.shards), np.int64)
+        return list(map(int, self._all_lines()[:, VERSION]))
+
+    def shard_notes(self) -> np.ndarray:
+        return self._all_lines()[:, NOTE : NOTE + NOTES]
+
+    def _all_lines(self) -> np.ndarray:
+        """A copy of every shard's line."""
+        self._get_lines(0, list(self._port_of))
+        lines = self._lines[0].copy()
         for part in self._parts.values():
-            versions[slice(*part.port.shards)] = part.versions
-        remote = list(self._port_of)
-        self._get_lines(0, remote)
-        versions[remote] = self._lines[0][remote, VERSION]
-        return list(map(int, versions))
+            lines[slice(*part.port.shards)] = part.lines
+        return lines
 
     def snapshot(self, worker: Worker) -> np.ndarray:
         copy = np.empty((1 + len(self.rule.vectors), self.layout.total), np.float32)
@@ -199,6 +204,32 @@ class RemoteStore(Store):
             while self._read_between([k], list(copy)):
                 backoff.pause()
         return copy
+
+    def own_vectors(self, worker: Worker) -> np.ndarray:
+        if self.rule.own_copy or not self.rule.private_vectors:
+            return super().own_vectors(worker)
+        values = np.empty((len(self.rule.private_vectors), self.layout.total), np.float32)
+        for i, part in self._parts.items():
+            values[:, part.port.start : part.port.stop] = self._subs[i].private
+        self._for_slot_vectors(values, self._memory.get)
+        return values
+
+    def set_own_vectors(self, worker: Worker, values: np.ndarray) -> None:
+        if self.rule.own_copy:
+            super().set_own_vectors(worker, values)
+            return
+        for i, part in self._parts.items():
+            self._subs[i].private[:] = values[:, part.port.start : part.port.stop]
+        self._for_slot_vectors(values, self._memory.put)
+
+    def _for_slot_vectors(self, values: np.ndarray, move: Callable[[int, int, np.ndarray], None]) -> None:
+        """Put or get this rank's vectors in its slots at the owners of other nodes; none of its requests is open."""
+        for i in self._peers:
+            port, segment = self.ports[i], self._segments[i]
+            for row, vector in enumerate(values):
+                at = segment.offsets["privates"] + 4 * segment.total * (segment.private * self._slot[i] + row)
+                move(i, at, vector[port.start : port.stop])
+            self._memory.flush(i)
 
     def restart(self, worker: Worker) -> None:
         """As in any store; a slot's private vectors start anew with the next request, which says that it is the first."""

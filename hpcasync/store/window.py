@@ -86,9 +86,9 @@ class WindowStore(Store):
             super().publish(w, keep_state=keep_state)
         self.barrier()
 
-    def install(self, state: np.ndarray | None, versions: Sequence[int]) -> None:
+    def install(self, state: np.ndarray | None, versions: Sequence[int], notes: np.ndarray | None = None) -> None:
         if self._world.rank == 0:
-            super().install(state, versions)
+            super().install(state, versions, notes)
         self.barrier()
 
     def barrier(self) -> None:

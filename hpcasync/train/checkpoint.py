@@ -119,7 +119,7 @@ class Restored:
     Attributes:
         extra: what this rank's ``save_checkpoint`` was given (of rank ``r % ranks`` on another number of ranks).
         facts: those of the checkpoint.
-        reset: what was not restored, for the number of ranks is another; empty if all was.
+        reset: what was not restored, for the number of ranks is another, or other nodes have other shards; empty if all was.
     """
 
     def __init__(self, extra: Any, facts: dict[str, Any], reset: tuple[str, ...]) -> None:

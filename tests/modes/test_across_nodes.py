@@ -179,8 +179,10 @@ for name in ("trend-smooth", "gsgm", "easgd", "dc-asgd"):
         train(opt, model, range(5), world.rank)
         ha.save_checkpoint(path, opt)
     else:
-        ha.load_checkpoint(path, opt)
+        reset = ha.load_checkpoint(path, opt).reset
         assert opt.steps == 5
+        said = any("last_gradient of rule gsgm" in what for what in reset)
+        assert said == (name == "gsgm"), (name, reset)
         assert min(opt.store.shard_versions()) >= 10 or name == "easgd", name  # the other rank may go on already
         train(opt, model, range(5, 9), world.rank)
         opt.synchronize()
@@ -195,6 +197,48 @@ if world.rank == 0:
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # it can say that the ranks of one machine are on different nodes
 def test_a_checkpoint_goes_to_other_nodes_with_other_shards(mpirun: MpiRun, tmp_path: Path) -> None:
     apart, found = {"MPIR_CVAR_NOLOCAL": "1"}, []
-    for what, env in (("save", apart), ("load", {}), ("save", {}), ("load", apart)):
-        found.append(mpirun(HEAD + RESHARD, 2, args=[what, tmp_path], env=env).stdout.count("shards: 2"))
-    assert found == [1, 0, 0, 1]
+    for what, env, n in (("save", apart, 2), ("load", {}, 2), ("save", {}, 2), ("load", apart, 2), ("load", apart, 3)):
+        found.append(mpirun(HEAD + RESHARD, n, args=[what, tmp_path], env=env).stdout.count("shards: 2"))
+    assert found == [1, 0, 0, 1, 0]
+
+
+PRIVATE = """
+# gsgm's last gradients lie at the owners of the shards, on all nodes: after a checkpoint the run goes on with the same bits.
+world = ha.init()
+me, P = world.rank, world.size
+opt = ha.Async(model := mlp(), ha.rules.make_rule("gsgm", {"lr": 0.05}), world=world)
+store, worker = opt.store, opt._worker
+assert store._peers and len(opt.rule.private_vectors) == 1
+
+def take_turns(steps):
+    for step in steps:
+        for rank in range(P):
+            if rank == me:
+                train(opt, model, range(step, step + 1), me)
+            store.barrier()
+
+def bits():
+    found = [store.own_vectors(worker), store.snapshot(worker), store.shard_notes(), np.array(store.shard_versions())]
+    store.barrier()
+    return [part.tobytes() for part in found]
+
+take_turns(range(3))
+opt.synchronize()  # a load pulls anew too
+ha.save_checkpoint(sys.argv[1], opt)
+kept = bits()
+assert np.abs(store.own_vectors(worker)).max() > 0 and (store.shard_notes()[:, 0] == P).all()
+store.barrier()
+take_turns(range(3, 6))
+went, after = flat(model), bits()
+assert all(a != b for i, (a, b) in enumerate(zip(kept, after)) if i != 2)
+for again in range(2):
+    assert not [what for what in ha.load_checkpoint(sys.argv[1], opt).reset if "gsgm" in what]
+    assert bits() == kept
+    take_turns(range(3, 6))
+    assert np.array_equal(flat(model), went) and bits() == after
+opt.close()
+"""
+
+
+def test_vectors_of_the_workers_survive_a_checkpoint(two_hosts: HostsRun, tmp_path: Path) -> None:
+    run(two_hosts, 4, PRIVATE, args=[tmp_path / "gsgm.h5"])
