@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-Phase = Literal["communicate", "wait"]
+Phase = Literal["communicate", "wait", "copy"]
 
 
 class TimeShare:
-    """Seconds of this rank by what it did: compute, communicate, wait.
+    """Seconds of this rank by what it did: compute, communicate, wait; with a model on a GPU also copy.
 
-    The clock runs between ``start()`` and ``stop()``; what is not spent in a ``phase`` counts as compute.
+    The clock runs between ``start()`` and ``stop()``; what is not spent in a ``phase`` counts as compute. Copies between a GPU
+    and the host count as far as the host waited for them.
     """
 
     def __init__(self) -> None:
         self.communicate = 0.0
         self.wait = 0.0
+        self.copy = 0.0
         self._total = 0.0
         self._since: float | None = None
 
@@ -60,21 +62,27 @@ class TimeShare:
         """Whether the clock runs."""
         return self._since is not None
 
-    def load(self, seconds: float, communicate: float, wait: float) -> None:
+    def load(self, seconds: float, communicate: float, wait: float, copy: float = 0.0) -> None:
         """Go on from these seconds of an earlier process; the clock stands."""
         self._total, self._since = seconds, None
-        self.communicate, self.wait = communicate, wait
+        self.communicate, self.wait, self.copy = communicate, wait, copy
 
     @property
     def compute(self) -> float:
-        """Seconds not spent in communication or waiting."""
-        return max(0.0, self.seconds - self.communicate - self.wait)
+        """Seconds not spent in communication, waiting or copies."""
+        return max(0.0, self.seconds - self.communicate - self.wait - self.copy)
 
     def shares(self) -> dict[str, float]:
-        """Fractions of the clock: compute, communicate, wait; they add up to 1 (all 0 before the start)."""
+        """Fractions of the clock: compute, communicate, wait, of a GPU copy; they add up to 1 (all 0 before the start)."""
         parts = {"compute": self.compute, "communicate": self.communicate, "wait": self.wait}
+        parts |= {"copy": self.copy} if self.copy else {}
         total = sum(parts.values())
         return {k: v / total if total else 0.0 for k, v in parts.items()}
+
+
+def parts_of(ranks: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the ranks' ``share`` is divided into: ``copy`` only where a model was on a GPU."""
+    return ("compute", "communicate", "wait", *(("copy",) if any("copy" in rank["share"] for rank in ranks) else ()))
 
 
 class Staleness:

@@ -19,6 +19,7 @@ from hpcasync.modes.finite import FiniteCheck
 from hpcasync.modes.flat import FlatParameters, Source, check_dtypes, flat_grad, groups_of
 from hpcasync.modes.inside import shrink_shares
 from hpcasync.modes.recorder import Event, Recorder
+from hpcasync.modes.staging import Staged, StagedGradients, apart
 from hpcasync.rules import Rule
 from hpcasync.rules.base import between
 from hpcasync.store import IDLE, LocalStore, RemoteStore, Store, WindowStore, aligned_zeros, make_layout, shard_size
@@ -122,11 +123,16 @@ class Async(Mode):
         self._worker = self.store.worker(self.world.rank)
         self.staleness = self._worker.staleness
         # With one rank on a CPU the model lives in the store; otherwise in this rank's own flat copy.
-        aliased = self._one and device.type == "cpu" and not rule.own_copy
+        aliased = self._one and not apart(device) and not rule.own_copy
         # Aligned as torch aligns its own: the bits of a product may depend on it, and a replay must find the same.
-        self._out = self.store.state[0] if aliased else aligned_zeros(1, layout.total)[0]
-        buffer = torch.from_numpy(self._out) if device.type == "cpu" else torch.zeros(layout.total, device=device)
-        self._flat = FlatParameters(self.params, names, layout, buffer)
+        if apart(device):
+            buffer = torch.zeros(layout.total, device=device)
+        else:
+            buffer = torch.from_numpy(self.store.state[0] if aliased else aligned_zeros(1, layout.total)[0])
+        self._staged = Staged(buffer)
+        self._out = self._staged.array
+        self._flat = FlatParameters(self.params, names, layout, self._staged.buffer)
+        self._gradients = StagedGradients(self._flat) if self._staged.apart else None
         self._publish()
         rule.warm_up()
         self._check = FiniteCheck(self.params, threads)
@@ -162,7 +168,7 @@ class Async(Mode):
         self._notice_changes()
         self.steps += 1
         seen = 0 if self._bound is None else self._slowest_other()
-        grads = [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
+        grads = self._host_gradients()
         finite = all([g is None or self._check.finite(p, g) for p, g in zip(self._flat.params, grads, strict=True)])
         self._check.forget()
         if finite:
@@ -193,7 +199,7 @@ class Async(Mode):
             with self.share.phase("wait"):
                 self._barrier()
             most = max(self.world.gather(mine))
-            self._timed(lambda: self.store.pull(self._worker, self._out))
+            self._timed(self._pull)
             self._to_device()
             self._synchronize_buffers()
             self._barrier()  # nobody pushes before all have read
@@ -258,6 +264,7 @@ class Async(Mode):
         self.synchronize()
         self._closed = True
         self._check.close()
+        self._staged.wait()
         self.store.close()
 
     @property
@@ -269,6 +276,13 @@ class Async(Mode):
         """Close for a script that forgot to: the others' bound on staleness must not wait for a rank that has gone."""
         if not leaving_in_error():
             self.close()
+
+    def _host_gradients(self) -> list[np.ndarray | None]:
+        if self._gradients is None:
+            return [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
+        grads = self._gradients.fetch()
+        self.share.add("copy", self._gradients.wait() + self._staged.wait())  # and the store may write this rank's copy again
+        return grads
 
     def _push(self, grads: list[np.ndarray | None]) -> None:
         if self.rule.in_turn and not self._one and not self._take_turn():
@@ -306,7 +320,11 @@ class Async(Mode):
     def _read(self) -> None:
         """Read the newest parameters, unless this rank's copy is its own."""
         if not self.rule.own_copy:
-            self.store.pull(self._worker, self._out)
+            self._pull()
+
+    def _pull(self) -> None:
+        self._staged.wait()
+        self.store.pull(self._worker, self._out)
 
     def _hypers(self) -> list[np.ndarray]:
         return [h for g in self.param_groups for h in [self.rule.hyper(g)] * len(g["params"])]
@@ -370,12 +388,12 @@ class Async(Mode):
                 RuntimeWarning,
                 stacklevel=3,
             )
-        if changed and self._one and self._flat.buffer.device.type != "cpu":
+        if changed and self._one and self._staged.apart:
             self._publish(keep_state=True)
 
     def _to_device(self) -> None:
-        if self._flat.buffer.device.type != "cpu":
-            self._flat.buffer.copy_(torch.from_numpy(self._out))
+        """Begin to bring this rank's copy to the model."""
+        self._staged.to_device()
         self._flat.mark()
 
     def _barrier(self) -> None:
@@ -387,7 +405,7 @@ class Async(Mode):
         self._pull_together()
 
     def _pull_together(self) -> None:
-        self.store.pull(self._worker, self._out)
+        self._pull()
         self._to_device()
         self._barrier()
 

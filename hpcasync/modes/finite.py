@@ -58,3 +58,16 @@ class FiniteCheck:
             return team.finite(self._threads, grad)
         return bool(all_finite(grad))
 
+
+
+def device_finite(grads: list[Tensor]) -> bool:
+    """Whether gradients on a GPU are finite, for one wait of the host per dtype."""
+    dense = [g.detach() if g.layout == torch.strided else g.detach().coalesce().values() for g in grads]
+    if not dense:
+        return True
+    # A norm is not finite if an element is not; the rare overflow of finite ones is settled element by element.
+    norms = torch._foreach_norm(dense)
+    kinds = {n.dtype for n in norms}
+    if all([bool(torch.isfinite(torch.stack([n for n in norms if n.dtype == kind])).all()) for kind in kinds]):
+        return True
+    return bool(torch.stack([torch.isfinite(g).all() for g in dense]).all())

@@ -118,18 +118,25 @@ class FlatParameters:
         return sum(p._version for p in self.params)
 
 
+def check_dense(grad: Tensor, name: str) -> Tensor:
+    """``grad`` as it is.
+
+    Raises:
+        UsageError: it is sparse.
+    """
+    if grad.layout != torch.strided:
+        raise UsageError(f"{name} has a sparse gradient; expected a dense one (nn.Embedding(..., sparse=False))")
+    return grad
+
+
 def flat_grad(p: Tensor, name: str) -> np.ndarray | None:
-    """The gradient of ``p`` as a flat float32 host array, without a copy where the layout allows; None if there is none.
+    """The gradient of ``p``, which is on the CPU, as a flat float32 array, without a copy where the layout allows; or None.
 
     Raises:
         UsageError: a sparse gradient.
     """
-    grad = p.grad
-    if grad is None:
+    if p.grad is None:
         return None
-    if grad.layout != torch.strided:
-        raise UsageError(f"{name} has a sparse gradient; expected a dense one (nn.Embedding(..., sparse=False))")
-    if grad.device.type != "cpu":
-        grad = grad.cpu()
+    grad = check_dense(p.grad, name)
     array: np.ndarray = (grad.detach() if grad.requires_grad else grad).numpy().reshape(-1)
     return array

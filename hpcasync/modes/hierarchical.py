@@ -273,6 +273,7 @@ class Hierarchical(Async):
         self._total -= self._sent
         self.store.add(self._watch, self._total)
         self._read()
+        self._to_device()
 
     def _inner_state(self) -> None:
         """What an average does to the rule's vectors; the group waits."""

@@ -13,10 +13,11 @@ from hpcasync.errors import UsageError
 from hpcasync.kernels import block_update
 from hpcasync.modes.base import Closure, OnNonfinite
 from hpcasync.modes.block import BlockOptions
-from hpcasync.modes.finite import FiniteCheck
+from hpcasync.modes.finite import FiniteCheck, device_finite
 from hpcasync.modes.flat import FlatParameters
 from hpcasync.modes.inside import layer_norms
 from hpcasync.modes.presets import preset_options
+from hpcasync.modes.staging import Staged
 from hpcasync.modes.wrapper import Wrapper
 from hpcasync.store import make_layout
 
@@ -27,29 +28,33 @@ class _Block:
     def __init__(self, named: list[tuple[Tensor, str]], collectives: Collectives) -> None:
         params, names = [p for p, _ in named], [n for _, n in named]
         layout = make_layout([p.numel() for p in params])
-        (buffer,) = collectives.buffers([layout.total], params[0].dtype, params[0].device)
-        self.on_host = params[0].device.type == "cpu"
-        self._summed = buffer  # what the backend adds up: in host memory, or the model itself on its GPU
-        self._direct = buffer.device.type != "cpu"
-        self.host = (torch.zeros_like(buffer, device="cpu") if self._direct else buffer).numpy()
-        self.flat = FlatParameters(params, names, layout, buffer.to(params[0].device))
+        (self._summed,) = collectives.buffers([layout.total], params[0].dtype, params[0].device)
+        self._direct = self._summed.device.type != "cpu"  # the backend sums the model itself, on its GPU
+        self._staged = Staged(self._summed) if self._direct else Staged.beside(self._summed, params[0].device)
+        self.host = self._staged.array
+        self.flat = FlatParameters(params, names, layout, self._staged.buffer)
         self.fetch()
+        self.settle()
         self.anchor = self.host.copy()
         self.velocity = np.zeros_like(self.host)
         one = np.zeros((3, 1), self.host.dtype)
         block_update(*one, 1, 0.0, 1.0, False)  # load or compile the kernel now, so that no step pays for it
 
     def fetch(self) -> None:
-        """Bring the model to the host buffer."""
+        """Begin to bring the model to the host buffer."""
         self.flat.attach()
-        if not self.on_host:
-            torch.from_numpy(self.host).copy_(self.flat.buffer)
+        self._staged.to_host()
 
-    def sum(self, collectives: Collectives) -> None:
-        """Replace the host buffer, fetched before, by the sum over the ranks."""
+    def settle(self) -> float:
+        """Wait for what still moves between the GPU and the host; returns seconds of copying."""
+        return self._staged.wait()
+
+    def sum(self, collectives: Collectives) -> float:
+        """Replace the host buffer, fetched before, by the sum over the ranks; returns seconds of copying."""
         collectives.allreduce(self._summed)
         if self._direct:
-            torch.from_numpy(self.host).copy_(self._summed)
+            self._staged.to_host()
+        return self._staged.wait()
 
     def frozen(self) -> list[tuple[slice, np.ndarray]]:
         """Where the frozen parameters lie in the host buffer, and their values."""
@@ -63,9 +68,8 @@ class _Block:
             self.velocity[part] = 0
 
     def put_back(self) -> None:
-        """Bring the host buffer to the model."""
-        if not self.on_host:
-            self.flat.buffer.copy_(torch.from_numpy(self.host))
+        """Begin to bring the host buffer to the model."""
+        self._staged.to_device()
 
 
 class KStep(Wrapper):
@@ -182,15 +186,18 @@ class KStep(Wrapper):
         Args:
             plain: without block momentum and block learning rate.
         """
+        for block in self._blocks:
+            block.fetch()
         if self.world.size > 1:
             with self.share.phase("wait"):
                 self.collectives.barrier()
+        self.share.add("copy", sum([block.settle() for block in self._blocks]))
         with self.share.phase("communicate"):
             self.averaging = True
+            copying = 0.0
             for block in self._blocks:
-                block.fetch()
                 frozen = block.frozen()
-                block.sum(self.collectives)
+                copying += block.sum(self.collectives)
                 self.options.apply(block.host, block.anchor, block.velocity, self.world.size, plain=plain)
                 block.keep(frozen)
                 block.put_back()
@@ -201,6 +208,8 @@ class KStep(Wrapper):
                 self.inner.state.clear()
             elif self.options.inner_state == "average":
                 self._average_inner_state()
+        self.share.add("copy", copying)
+        self.share.add("communicate", -copying)
 
     def momentum_norms(self) -> dict[str, float]:
         """Euclidean norm of each parameter's block momentum, by name."""
@@ -228,10 +237,13 @@ class KStep(Wrapper):
     def close(self) -> None:
         super().close()
         self._check.close()
+        for block in self._blocks:
+            block.settle()
 
     def _bad(self) -> str:
         """This rank by name if its gradient is not finite, else nothing."""
-        good = all(self._finite(p) for p in self.params)
+        good = all([self._finite(p) for p in self.params if p.device.type == "cpu"])
+        good &= device_finite([p.grad for p in self.params if p.grad is not None and p.device.type != "cpu"])
         self._check.forget()
         return "" if good else f"rank {self.world.rank}"
 
@@ -239,7 +251,7 @@ class KStep(Wrapper):
         g = p.grad
         if g is None:
             return True
-        if g.layout == torch.strided and g.device.type == "cpu" and g.dtype == torch.float32 and g.is_contiguous():
+        if g.layout == torch.strided and g.dtype == torch.float32 and g.is_contiguous():
             return self._check.finite(p, g.detach().reshape(-1).numpy())
         values = g if g.layout == torch.strided else g.coalesce().values()
         return bool(torch.isfinite(values).all())

@@ -232,6 +232,7 @@ def _restore_async(mode: Async, shared: Any, own: Any, same: bool) -> tuple[str,
         store.set_clock(worker.index, own["clock"])
         store.set_excused(worker.index, own["excused"])
     store.barrier()
+    mode._staged.wait()
     if not (same and rule.own_copy and alike):
         store.pull(worker, mode._out)
     if same and rule.own_copy:

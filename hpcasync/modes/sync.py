@@ -13,55 +13,88 @@ from torch import Tensor
 from hpcasync.comm import Collectives, Pending, World
 from hpcasync.errors import UsageError
 from hpcasync.modes.base import Closure, OnNonfinite
+from hpcasync.modes.staging import Staged
 from hpcasync.modes.wrapper import Wrapper
 
 
 class _Bucket:
     """Some parameters of one dtype whose gradients travel together.
 
-    The buffer holds the gradients, then one flag per parameter (how many ranks have a gradient), then one flag per rank
-    (whether its part is not finite), so that one sum tells all three.
+    The memory that is summed holds the gradients, then one flag per parameter (how many ranks have a gradient), then one flag
+    per rank (whether its part is not finite), so that one sum tells all three. It lies on the host, with a buffer for the
+    gradients beside it on a GPU, or on the GPU where the backend sums there.
     """
 
-    def __init__(self, params: list[int], tensors: list[Tensor], buffer: Tensor) -> None:
+    def __init__(self, params: list[int], tensors: list[Tensor], memory: Tensor, rank: int) -> None:
         self.params = params
+        self._rank = rank
         sizes = [t.numel() for t in tensors]
-        self.buffer = buffer
-        self.grads = grads = self.buffer[: sum(sizes)]
-        self._flags = buffer[sum(sizes) :]
-        self._host_flags = self._flags if buffer.device.type == "cpu" else torch.zeros_like(self._flags, device="cpu")
+        self.memory = memory
+        self._sums = memory[: sum(sizes)]
+        self.direct = memory.device.type != "cpu"
+        self._staged = None if self.direct else Staged.beside(self._sums, tensors[0].device)
+        self.grads = self._sums if self._staged is None else self._staged.buffer
+        self._flags = Staged(memory[sum(sizes) :])
         # numpy: single elements are read and written ten times faster than through torch
-        self.present, self.nonfinite = np.split(self._host_flags.numpy(), [len(sizes)])
-        self.views = [v.view(t.shape) for v, t in zip(grads.split(sizes), tensors, strict=True)]
+        self.present, self.nonfinite = np.split(self._flags.array, [len(sizes)])
+        self.views = [v.view(t.shape) for v, t in zip(self.grads.split(sizes), tensors, strict=True)]
         self.missing = len(params)
+        self.begun = False
         self.pending: Pending | None = None
-        self._copies = torch.cuda.Stream(tensors[0].device) if tensors[0].device != buffer.device else None
 
-    def copy(self, j: int, grad: Tensor) -> None:
-        """Put a gradient into its place: from a GPU to host memory on a stream of its own, beside the computation."""
-        if self._copies is None:
-            self.views[j].copy_(grad)
+    def begin(self) -> None:
+        """All gradients are in place: bring them to where they are summed."""
+        self.begun = True
+        if self._staged is not None:
+            self._staged.to_host()
+
+    def ready(self) -> bool:
+        """Whether all gradients lie where they are summed."""
+        return self.begun and (self._staged is None or self._staged.arrived())
+
+    def settle(self) -> float:
+        """Wait for what still moves between the GPU and the host; returns seconds of copying."""
+        return self._flags.wait() + (0.0 if self._staged is None else self._staged.wait())
+
+    def start(self, collectives: Collectives) -> None:
+        """Look whether this rank's part is finite, and start the sum."""
+        if not self.direct and not _finite(self._sums):
+            self.nonfinite[self._rank] = 1
+        self._flags.to_device()
+        if self.direct:  # found and noted there: the host need not know before the sum
+            place = len(self.params) + self._rank
+            self._flags.buffer[place] = torch.isfinite(self._sums).all().logical_not()
+        self.pending = collectives.start_allreduce(self.memory)
+
+    def average(self, ranks: int) -> None:
+        """Make the sum the mean and see whether it is finite; begin to bring both to where they are read."""
+        self.begun = False
+        if self.direct:
+            if ranks > 1:
+                self._sums.div_(ranks)
+                nonfinite = self._flags.buffer[len(self.params) :]
+                nonfinite += torch.isfinite(self._sums).all().logical_not() & (nonfinite.sum() == 0)
+            self._flags.to_host()
             return
-        self._copies.wait_stream(torch.cuda.current_stream(grad.device))
-        with torch.cuda.stream(self._copies):
-            self.views[j].copy_(grad, non_blocking=True)
-        grad.record_stream(self._copies)
+        self._flags.to_host()
+        self._flags.wait()
+        if ranks > 1:
+            self._sums.div_(ranks)
+            if not self.nonfinite.any() and not _finite(self._sums):
+                self.nonfinite[:] = 1  # finite on each rank, but their sum is not: all ranks see the same
+        if self._staged is not None:
+            self._staged.to_device()
 
-    def settle(self) -> None:
-        """Wait for what still moves between the GPU and host memory."""
-        if self._copies is not None:
-            self._copies.wait_stream(torch.cuda.current_stream(self._copies.device))
-            self._copies.synchronize()
-
-    def send_flags(self) -> None:
-        """Bring the flags to where they are summed."""
-        if self._flags is not self._host_flags:
-            self._flags.copy_(self._host_flags)
-
-    def fetch_flags(self) -> None:
-        """Bring the sums of the flags back."""
-        if self._flags is not self._host_flags:
-            self._host_flags.copy_(self._flags)
+    def hand_out(self, params: list[Tensor]) -> np.ndarray:
+        """Give the parameters their mean gradient; returns per rank whether its part was not finite."""
+        present = self.present.tolist()
+        for j, i in enumerate(self.params):
+            params[i].grad = self.views[j] if present[j] else None
+        self.missing = len(self.params)
+        bad = self.nonfinite.copy()
+        self.present[:] = 0
+        self.nonfinite[:] = 0
+        return bad
 
 
 class Sync(Wrapper):
@@ -110,7 +143,7 @@ class Sync(Wrapper):
             facts={"bucket_mb": bucket_mb},
         )
         params = self.params
-        self._buckets = _fill_buckets(params, bucket_mb * 2**20, self.world.size, self.collectives)
+        self._buckets = _fill_buckets(params, bucket_mb * 2**20, self.world, self.collectives)
         self._place = {id(params[i]): (b, j) for b in self._buckets for j, i in enumerate(b.params)}
         self._started = 0  # buckets whose sum is under way; always the first ones, so that all ranks agree
         self._queued = False  # whether the end of this backward will call _finish
@@ -185,6 +218,8 @@ class Sync(Wrapper):
         for hook in self._hooks.values():
             hook.remove()
         self._hooks = {}
+        for bucket in self._buckets:
+            bucket.settle()
 
     def _averaging(self, closure: Closure) -> Closure:
         def averaged() -> Any:
@@ -218,7 +253,9 @@ class Sync(Wrapper):
         if bucket.present[j] == 0:
             bucket.missing -= 1
         _store(bucket, j, p)
-        while self._started < len(self._buckets) and self._buckets[self._started].missing == 0:
+        if bucket.missing == 0 and not bucket.begun:
+            bucket.begin()
+        while self._started < len(self._buckets) and self._buckets[self._started].ready():
             self._start_next()
         for started in self._buckets[: self._started]:
             if started.pending is not None:
@@ -226,11 +263,8 @@ class Sync(Wrapper):
 
     def _start_next(self) -> None:
         bucket = self._buckets[self._started]
-        bucket.settle()
-        if not _finite(bucket.grads):
-            bucket.nonfinite[self.world.rank] = 1
-        bucket.send_flags()
-        bucket.pending = self.collectives.start_allreduce(bucket.buffer)
+        self.share.add("copy", bucket.settle())
+        bucket.start(self.collectives)
         self._started += 1
 
     @torch.no_grad()
@@ -244,44 +278,29 @@ class Sync(Wrapper):
                 if params[i].grad is not None:
                     _store(bucket, j, params[i])  # from an earlier backward
                 else:
-                    bucket.settle()
                     bucket.views[j].zero_()  # the last mean still lies there
+            if not bucket.begun:
+                bucket.begin()
         while self._started < len(self._buckets):
             self._start_next()
         if self.world.size > 1:
             with self.share.phase("wait"):
                 self.collectives.barrier()
         with self.share.phase("communicate"):
-            bad = np.zeros(self.world.size)
             for bucket in self._buckets:
                 assert bucket.pending is not None
                 bucket.pending.wait()
                 bucket.pending = None
-                bad += self._hand_out(bucket, params)
+                bucket.average(self.world.size)
+        bad = np.zeros(self.world.size)
+        for bucket in self._buckets:
+            if bucket.direct:
+                self.share.add("copy", bucket.settle())  # of the flags, which the host must know
+            bad += bucket.hand_out(params)
         self._bad_ranks = np.flatnonzero(bad).tolist()
         self._started = 0
         self._queued = False
         self._synced = True
-
-    def _hand_out(self, bucket: _Bucket, params: list[Tensor]) -> np.ndarray:
-        """Give the bucket's parameters their mean gradient; returns per rank whether its part was not finite."""
-        bucket.fetch_flags()
-        if self.world.size > 1:
-            bucket.grads.div_(self.world.size)
-            if not bucket.nonfinite.any() and not _finite(bucket.grads):
-                bucket.nonfinite[:] = 1  # finite on each rank, but their sum is not: all ranks see the same
-        present = bucket.present.tolist()
-        for j, i in enumerate(bucket.params):
-            p, view = params[i], bucket.views[j]
-            if not present[j]:
-                p.grad = None
-            else:
-                p.grad = view.to(p.device, non_blocking=True)  # the view itself where it lies there
-        bucket.missing = len(bucket.params)
-        bad = bucket.nonfinite.copy()
-        bucket.present[:] = 0
-        bucket.nonfinite[:] = 0
-        return bad
 
 
 def _store(bucket: _Bucket, j: int, p: Tensor) -> None:
@@ -296,7 +315,7 @@ def _store(bucket: _Bucket, j: int, p: Tensor) -> None:
             f"{tuple(view.shape)}. Convert the model first, then make the optimizer."
         )
     if grad.data_ptr() != view.data_ptr():
-        bucket.copy(j, grad.detach())
+        view.copy_(grad.detach())
     bucket.present[j] = 1
 
 
@@ -305,7 +324,7 @@ def _finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def _fill_buckets(params: list[Tensor], limit: float, ranks: int, collectives: Collectives) -> list[_Bucket]:
+def _fill_buckets(params: list[Tensor], limit: float, world: World, collectives: Collectives) -> list[_Bucket]:
     """Cut the parameters into buckets of about ``limit`` bytes, last parameters first: backward reaches them first."""
     buckets: list[_Bucket] = []
     for dtype in dict.fromkeys(p.dtype for p in params):
@@ -317,7 +336,7 @@ def _fill_buckets(params: list[Tensor], limit: float, ranks: int, collectives: C
                 size = 0
             shares[-1].append(i)
             size += params[i].numel() * params[i].element_size()
-        sizes = [sum(params[i].numel() + 1 for i in share) + ranks for share in shares]
+        sizes = [sum(params[i].numel() + 1 for i in share) + world.size for share in shares]
         memory = collectives.buffers(sizes, dtype, params[shares[0][0]].device)
-        buckets += [_Bucket(share, [params[i] for i in share], b) for share, b in zip(shares, memory)]
+        buckets += [_Bucket(share, [params[i] for i in share], m, world.rank) for share, m in zip(shares, memory)]
     return buckets

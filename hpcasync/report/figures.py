@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHARES = {"compute": COLOURS[0], "communicate": COLOURS[1], "wait": COLOURS[-1]}
+SHARES = {"compute": COLOURS[0], "communicate": COLOURS[1], "wait": COLOURS[-1], "copy": COLOURS[2]}
 WINDOW = 60
 """Updates in the picture of their order."""
 BARS = 40
@@ -105,6 +105,8 @@ def _bars(group: Group, of: str, stem: str) -> Plot | None:
     figure, axis = new_figure(height=1.4 + 0.25 * min(len(ranks), BARS))
     left, places = np.zeros(len(ranks)), np.arange(len(ranks))
     for share, colour in SHARES.items():
+        if not all(share in run.ranks for run in runs):  # copy: only with models on GPUs
+            continue
         values = np.stack([run.ranks[share] for run in runs])
         mean = values.mean(0)
         axis.barh(places, mean, left=left, color=colour, label=share)
@@ -117,7 +119,7 @@ def _bars(group: Group, of: str, stem: str) -> Plot | None:
     axis.set_yticks(some, ranks[some], fontsize=8)
     axis.invert_yaxis()
     figure.legend(
-        *axis.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, labelcolor=INK, fontsize=9
+        *axis.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, labelcolor=INK, fontsize=9
     )
     which += " Whiskers: lowest to highest." if len(runs) > 1 else ""
     note = f"Per rank: computing gradients, communicating, waiting for others.{which}"

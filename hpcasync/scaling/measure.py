@@ -130,7 +130,7 @@ def _stepper(
 def _run(
     world: World, step: Callable[[], int], share: TimeShare, seconds: float, *, in_step: bool, every: int = 1
 ) -> tuple[int, tuple[float, float, float, float]]:
-    """Samples of this rank, and its seconds: all, compute, communicate, wait."""
+    """Samples of this rank, and its seconds: all, compute, communicate (copies to and from a GPU included), wait."""
     for _ in range(WARM_UP):
         step()
     began = time.perf_counter()
@@ -140,12 +140,12 @@ def _run(
     steps = -(-max(1, round(seconds / pace)) // every) * every if in_step else math.inf
     world.collectives.barrier()
     share.start()
-    before = share.seconds, share.compute, share.communicate, share.wait
+    before = share.seconds, share.compute, share.communicate + share.copy, share.wait
     began, done, samples = time.perf_counter(), 0, 0
     while done < steps and (in_step or time.perf_counter() - began < seconds):
         samples += step()
         done += 1
-    after = share.seconds, share.compute, share.communicate, share.wait
+    after = share.seconds, share.compute, share.communicate + share.copy, share.wait
     share.stop()
     whole, compute, communicate, wait = (b - a for a, b in zip(before, after, strict=True))
     return samples, (whole, compute, communicate, wait)

@@ -355,7 +355,7 @@ class Run:
         own = {"samples": self.samples, "updates": mode.updates, "skipped": mode.skipped, "counts": mode.staleness.counts}
         return {
             "place": {name: getattr(self, name) for name in _PLACE},
-            "share": (share.seconds, share.communicate, share.wait),
+            "share": (share.seconds, share.communicate, share.wait, share.copy),
             "own": own,
             "everyone": [own] * self.world.size if alone else self.world.gather(own),
             "inside": self.inside.state_dict(),

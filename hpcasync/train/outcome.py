@@ -12,7 +12,7 @@ import numpy as np
 from hpcasync.comm import World
 from hpcasync.modes import Async, Guided, Mode, Sync
 from hpcasync.rules import Rule
-from hpcasync.stats import Staleness
+from hpcasync.stats import Staleness, parts_of
 from hpcasync.train.config import TrainConfig
 
 
@@ -42,6 +42,7 @@ def rank_record(mode: Mode, samples: int) -> dict[str, Any]:
         "compute": share.compute,
         "communicate": share.communicate,
         "wait": share.wait,
+        **({"copy": share.copy} if share.copy else {}),
         "share": share.shares(),
         "samples": samples,
         "updates": mode.updates,
@@ -81,7 +82,7 @@ def result_of(
         "partition": config.partition,
         "seed": config.seed,
         "staleness": staleness.summary(),
-        "share": {k: float(np.mean([r["share"][k] for r in ranks])) for k in ("compute", "communicate", "wait")},
+        "share": {k: float(np.mean([r["share"].get(k, 0.0) for r in ranks])) for k in parts_of(ranks)},
     }
     if config.mode in ("async", "hierarchical"):
         result["lock_free"] = rule.lock_free

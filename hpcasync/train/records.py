@@ -28,7 +28,7 @@ CURVES = ("epoch", "updates", "seconds", "train_loss", "test_loss", "test_accura
 """Columns of ``curves/`` in the run file, one entry per evaluation."""
 RANK_COLUMNS = ("seconds", "compute", "communicate", "wait", "samples", "updates", "skipped")
 """Columns of ``ranks/`` in the run file, one entry per rank; beside them ``staleness`` (ranks, counts), in mode async
-``discarded``."""
+``discarded``, with the model on a GPU ``copy``."""
 
 
 class RunFolder:
@@ -86,8 +86,8 @@ class RunFolder:
         Args:
             result: what ``--json`` prints.
             ranks: per rank ``seconds``, ``compute``, ``communicate``, ``wait`` (seconds), ``samples``, ``updates``,
-                ``skipped``, ``staleness`` (histogram counts), in mode async ``discarded``; of a live run also what
-                ``StepLog.record`` gives.
+                ``skipped``, ``staleness`` (histogram counts), in mode async ``discarded``, of a GPU ``copy`` (seconds); of a
+                live run also what ``StepLog.record`` gives.
             config: of the run.
             world: for the versions.
         """
@@ -105,6 +105,8 @@ class RunFolder:
             file["ranks/rank"] = np.array([rank.get("rank", i) for i, rank in enumerate(ranks)])  # others have died
             for name in RANK_COLUMNS:
                 file[f"ranks/{name}"] = np.array([rank[name] for rank in ranks])
+            if any("copy" in rank for rank in ranks):
+                file["ranks/copy"] = np.array([rank.get("copy", 0.0) for rank in ranks])
             if "discarded" in ranks[0]:
                 file["ranks/discarded"] = np.array([rank["discarded"] for rank in ranks])
             widest = max(len(rank["staleness"]) for rank in ranks)
@@ -144,8 +146,9 @@ def read_ranks(folder: Path) -> list[dict[str, Any]]:
         columns = {name: values[:] for name, values in file["ranks"].items()}
         ranks = [{name: values[i] for name, values in columns.items()} for i in range(len(columns["seconds"]))]
         for rank in ranks:
-            total = rank["compute"] + rank["communicate"] + rank["wait"]
-            rank["share"] = {k: rank[k] / total if total else 0.0 for k in ("compute", "communicate", "wait")}
+            parts = [k for k in ("compute", "communicate", "wait", "copy") if k in rank]
+            total = sum(rank[k] for k in parts)
+            rank["share"] = {k: rank[k] / total if total else 0.0 for k in parts}
     return ranks
 
 

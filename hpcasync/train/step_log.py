@@ -19,6 +19,7 @@ BLOCK = 64
 BLOCKS = 64
 """Blocks kept at most; then every second one goes, and from there on only every second one is kept."""
 COLUMNS = ("compute", "communicate", "wait")
+"""Waiting for copies between a GPU and the host counts as communication here."""
 MEETING = (*COLUMNS, "steps")
 """Of the meeting at the end of an epoch; ``steps``: seconds of all steps before it."""
 
@@ -74,7 +75,7 @@ class StepLog:
 
     def _read(self) -> tuple[float, float, float]:
         share = self._share
-        return share.compute, share.communicate, share.wait
+        return share.compute, share.communicate + share.copy, share.wait
 
 
 def write_steps(file: h5py.File, ranks: list[dict[str, Any]]) -> None:

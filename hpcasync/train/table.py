@@ -9,7 +9,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from hpcasync.stats import Staleness
+from hpcasync.stats import Staleness, parts_of
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -42,13 +42,14 @@ def runs_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Table:
 
 
 def ranks_table(ranks: Sequence[dict[str, Any]], title: str = "Ranks") -> Table:
-    """One row per rank: samples, staleness, and the shares of compute, communicate and wait."""
+    """One row per rank: samples, staleness, and the shares of compute, communicate and wait, of a GPU also copy."""
     table = Table(title=title)
-    for name in ("rank", "samples", "staleness 50 %", "95 %", "compute", "communicate", "wait", "skipped"):
+    parts = parts_of(ranks)
+    for name in ("rank", "samples", "staleness 50 %", "95 %", *parts, "skipped"):
         table.add_column(name, justify="right")
     for number, rank in enumerate(ranks):
         stale = Staleness(rank["staleness"]).summary()
-        shares = [f"{100 * rank['share'][k]:.1f} %" for k in ("compute", "communicate", "wait")]
+        shares = [f"{100 * rank['share'].get(k, 0):.1f} %" for k in parts]
         cells = (f"{rank['samples']:,}", f"{stale['p50']:.0f}", f"{stale['p95']:.0f}", *shares, str(rank["skipped"]))
         table.add_row(str(rank.get("rank", number)), *cells)
     return table

@@ -15,18 +15,19 @@ from hpcasync.train.step_log import BLOCK, BLOCKS, StepLog, read_steps, write_st
 class Share:
     """A clock by hand."""
 
-    compute = communicate = wait = 0.0
+    compute = communicate = wait = copy = 0.0
 
 
 def log_of(steps: int) -> StepLog:
-    """Step i computes i seconds, communicates 0.5 and waits 0.25."""
+    """Step i computes i seconds, communicates 0.25, waits 0.25 for a GPU's copies and 0.25 for others."""
     share = Share()
     log = StepLog(share)  # type: ignore[arg-type]
     for i in range(steps):
         share.compute += 1000  # an evaluation
         log.begin()
         share.compute += i
-        share.communicate += 0.5
+        share.communicate += 0.25
+        share.copy += 0.25
         share.wait += 0.25
         log.step()
     return log

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hpcasync.comm.collectives.base import Buffer, Done, OverMPI, Pending, as_array, host_buffers
+from hpcasync.comm.collectives.gpu import own_gpus
 from hpcasync.comm.world import World
 
 REMEDY = "run: hpcasync build-horovod (some minutes, then cached)"
@@ -109,6 +110,8 @@ class HorovodCollectives(OverMPI):
         global _users, _ours
         super().__init__(world.collectives)
         self._hvd = hvd
+        # Without nccl it takes a tensor of a GPU through host memory itself; with nccl ranks can't share a GPU.
+        self._on_gpu = own_gpus(world) if hvd.nccl_built() else bool(hvd.cuda_built())
         if not hvd.is_initialized():
             hvd.init(comm=world.comm)
             _ours = True
@@ -120,7 +123,7 @@ class HorovodCollectives(OverMPI):
         self._count = 0
 
     def buffers(self, sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        if device.type == "cuda" and (self._hvd.nccl_built() or self._hvd.cuda_built()):
+        if device.type == "cuda" and self._on_gpu:
             made = [torch.zeros(size, dtype=dtype, device=device) for size in sizes]
         else:
             made = host_buffers(sizes, dtype, device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from hpcasync.comm.addresses import addresses, interface_of
 from hpcasync.comm.agree import raise_together
 from hpcasync.comm.collectives.base import Buffer, Done, OverMPI, Pending, as_array, host_buffers
+from hpcasync.comm.collectives.gpu import own_gpus
 from hpcasync.comm.failure import leaving_in_error
 from hpcasync.comm.world import World
 from hpcasync.errors import UsageError
@@ -75,7 +76,7 @@ class TorchCollectives(OverMPI):
 
     def __init__(self, world: World) -> None:
         super().__init__(world.collectives)
-        self._on_gpu = _own_gpus(world)
+        self._on_gpu = own_gpus(world) and dist.is_nccl_available()
         self._host = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._device = dist.new_group(backend="nccl", timeout=TIMEOUT) if self._on_gpu else None
 
@@ -96,15 +97,6 @@ class TorchCollectives(OverMPI):
                 self._mpi.barrier()  # nobody leaves while another still sends
                 dist.destroy_process_group(group)
         self._host = self._device = None
-
-
-def _own_gpus(world: World) -> bool:
-    """Whether every rank has a GPU that no other rank of its node has: nccl refuses to share one."""
-    mine = None
-    if world.device.type == "cuda" and dist.is_nccl_available():
-        mine = (world.node, str(torch.cuda.get_device_properties(world.device).uuid))
-    everyone = world.gather(mine)
-    return None not in everyone and len(set(everyone)) == world.size
 
 
 def _initialise(world: World) -> None:

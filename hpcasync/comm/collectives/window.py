@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hpcasync.comm.collectives.base import Buffer, OverMPI, Pending, as_array, segments, wait_until, warn_stalled
+from hpcasync.comm.collectives.gpu import page_lock
 from hpcasync.comm.collectives.mpi import MPICollectives
 from hpcasync.comm.shared_memory import shared_rows
 from hpcasync.comm.world import World
@@ -137,7 +138,7 @@ class WindowCollectives(OverMPI):
         self._arenas.append(arena)
         row = torch.from_numpy(arena.mine)
         if device.type == "cuda":
-            torch.cuda.cudart().cudaHostRegister(arena.start, arena.mine.nbytes, 0)
+            page_lock(arena.mine)
         starts = np.concatenate(([0], np.cumsum(strides)))
         return [row[a : a + size * width].view(dtype) for a, size in zip(starts.tolist(), sizes)]
 
