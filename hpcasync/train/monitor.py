@@ -218,7 +218,7 @@ class Monitor:
     def _mark(self) -> _Mark:
         share = self._mode.share
         counts = self._mode.staleness.counts.copy()
-        return _Mark(share.seconds, share.communicate, share.wait, self._steps, self._samples, self._losses, counts)
+        return _Mark(share.seconds, share.communicate + share.copy, share.wait, self._steps, self._samples, self._losses, counts)
 
     def _point(self, now: float) -> float:
         """Write a point of all ranks' curves; the updates that they have told of."""

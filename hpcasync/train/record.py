@@ -252,7 +252,7 @@ class Record:
         }
 
     def _times(self) -> tuple[float, float]:
-        return self._share.communicate, self._share.wait
+        return self._share.communicate + self._share.copy, self._share.wait
 
     def _give_up(self) -> None:
         if self._full:

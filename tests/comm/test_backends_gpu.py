@@ -24,6 +24,9 @@ def train(mode, device):
         opt = ha.KStep(inner, every=3, block_momentum=0.5, model=net, collectives=NAME)
     else:
         opt = ha.Sync(inner, model=net, collectives=NAME, bucket_mb=0.002)
+    for bucket in opt._buckets if mode == "sync" and device != "cpu" else ():
+        assert bucket.memory.device == (world.device if bucket.direct else torch.device("cpu"))
+        assert bucket.direct or bucket.memory.is_pinned()
     data = torch.Generator().manual_seed(me)
     for _ in range(20):
         x = torch.randn(8, 20, generator=data)
