@@ -281,7 +281,8 @@ class Async(Mode):
         if self._gradients is None:
             return [flat_grad(p, n) for p, n in zip(self._flat.params, self._flat.names, strict=True)]
         grads = self._gradients.fetch()
-        self.share.add("copy", self._gradients.wait() + self._staged.wait())  # and the store may write this rank's copy again
+        # In the order of the copies; and the store may write this rank's copy of the model again.
+        self.share.add("copy", self._staged.wait() + self._gradients.wait())
         return grads
 
     def _push(self, grads: list[np.ndarray | None]) -> None:

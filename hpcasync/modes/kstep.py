@@ -17,7 +17,7 @@ from hpcasync.modes.finite import FiniteCheck, device_finite
 from hpcasync.modes.flat import FlatParameters
 from hpcasync.modes.inside import layer_norms
 from hpcasync.modes.presets import preset_options
-from hpcasync.modes.staging import Staged
+from hpcasync.modes.staging import Staged, on_host
 from hpcasync.modes.wrapper import Wrapper
 from hpcasync.store import make_layout
 
@@ -29,7 +29,7 @@ class _Block:
         params, names = [p for p, _ in named], [n for _, n in named]
         layout = make_layout([p.numel() for p in params])
         (self._summed,) = collectives.buffers([layout.total], params[0].dtype, params[0].device)
-        self._direct = self._summed.device.type != "cpu"  # the backend sums the model itself, on its GPU
+        self._direct = not on_host(self._summed)  # the backend sums the model itself, on its GPU
         self._staged = Staged(self._summed) if self._direct else Staged.beside(self._summed, params[0].device)
         self.host = self._staged.array
         self.flat = FlatParameters(params, names, layout, self._staged.buffer)

@@ -90,6 +90,11 @@ def apart(device: torch.device) -> bool:
     return copies_of(device) is not None
 
 
+def on_host(memory: Tensor) -> bool:
+    """Whether a backend of collectives sums ``memory`` on the host."""
+    return memory.device.type == "cpu"
+
+
 class Staged:
     """A flat buffer where the model is, and its twin in host memory.
 

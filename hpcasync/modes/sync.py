@@ -13,7 +13,7 @@ from torch import Tensor
 from hpcasync.comm import Collectives, Pending, World
 from hpcasync.errors import UsageError
 from hpcasync.modes.base import Closure, OnNonfinite
-from hpcasync.modes.staging import Staged
+from hpcasync.modes.staging import Staged, on_host
 from hpcasync.modes.wrapper import Wrapper
 
 
@@ -31,7 +31,7 @@ class _Bucket:
         sizes = [t.numel() for t in tensors]
         self.memory = memory
         self._sums = memory[: sum(sizes)]
-        self.direct = memory.device.type != "cpu"
+        self.direct = not on_host(memory)
         self._staged = None if self.direct else Staged.beside(self._sums, tensors[0].device)
         self.grads = self._sums if self._staged is None else self._staged.buffer
         self._flags = Staged(memory[sum(sizes) :])
