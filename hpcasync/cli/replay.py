@@ -57,7 +57,7 @@ def _replay(folder: Path, until: int | None, options: dict[str, Any]) -> dict[st
     outcome = replay.run(until)
     print(f"{outcome.events:,} of {outcome.recorded:,} recorded events of {len(replay.ranks)} ranks, {outcome.updates:,} updates")
     for death in deaths_of(replay.records):
-        inside = f", inside its update of shards {death['shards']}: nobody knows how much of it was done"
+        inside = f", inside its update of shards {death['shards']}: what there was of it is in the record"
         inside *= bool(death["shards"])
         print(f"Rank {death['rank']} died in epoch {death['epoch']}, step {death['step']}{inside}")
     if until is None and not outcome.complete:

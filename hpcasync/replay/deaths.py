@@ -1,4 +1,4 @@
-"""Ranks that died in the middle of a recorded run: what their records do not say of their last update."""
+"""Ranks that died in the middle of a recorded run: what they left that no counted row tells of."""
 
 from __future__ import annotations
 
@@ -7,66 +7,71 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from hpcasync.modes.recorder import Event
-from hpcasync.replay.order import order_of
+from hpcasync.errors import UsageError, damaged
+from hpcasync.replay.order import Order
+from hpcasync.store import NOTES, Store, Torn
+from hpcasync.train.record_deaths import meetings_of, torn_of
 from hpcasync.train.record_file import RankRecord
 
 
 def deaths_of(records: Sequence[RankRecord]) -> list[dict[str, Any]]:
-    """The deaths that the others went on after; empty for a run that did not come to its end."""
+    """The deaths that the others went on after; empty for a run that was killed whole."""
     found: list[dict[str, Any]] = records[0].end.get("deaths", [])
     return found
 
 
 def with_last_pushes(records: Sequence[RankRecord]) -> list[RankRecord]:
-    """The records, those of dead ranks with the push that they died in.
-
-    A rank that is killed between its first shard and the end of its push has recorded the samples and the hyper-parameters
-    of the step, but not the push: the shards that it had done are those whose versions nobody else has made. Where several
-    dead ranks may have made one it is left out, and a replay stops there.
-    """
+    """The records, with the push that a rank died in: the shards of it that were done, if any."""
     found = list(records)
-    dead = [death["rank"] for death in deaths_of(records)]
-    for shard, version in _made_by_nobody(records) if dead else ():
-        may = [rank for rank in dead if _may_have_made(records[rank], shard, version)]
-        if len(may) == 1:
-            found[may[0]] = _with_push(found[may[0]], records[may[0]], shard, version)
+    for i, record in enumerate(records):
+        pending = record.pending
+        if not len(pending):
+            continue
+        versions = pending["versions"][0]
+        before = record.versions[-1] if len(record.events) else np.zeros_like(versions)
+        if ((versions >= 0) & (versions > before)).any():
+            found[i] = replace(record, events=np.concatenate([record.events, pending]))
     return found
 
 
-def _made_by_nobody(records: Sequence[RankRecord]) -> list[tuple[int, int]]:
-    """Shards and versions that are in no rank's record as written, but were read or written over."""
-    gaps = []
-    writes = order_of(records, own_copy=False).writes
-    for shard in range(records[0].versions.shape[1]):
-        made = np.concatenate([r.versions[w[:, shard], shard] for r, w in zip(records, writes, strict=True)])
-        last = max(int(r.versions[:, shard].max(initial=0)) for r in records)
-        gaps += [(shard, int(version)) for version in np.setdiff1d(np.arange(1, last + 1), made)]
-    return gaps
+class Left:
+    """What dead ranks left: shards as they were, and averages of buffers, put in place as a replay comes there.
 
+    Args:
+        records: of all ranks.
+        order: of the run.
+        store: of the replay.
+        buffers: of the model.
 
-def _may_have_made(record: RankRecord, shard: int, version: int) -> bool:
-    """Whether the rank was in a step that it recorded no event of, and had not seen that version."""
-    events = record.events
-    if record.facts["config"].get("guided"):  # a step of its has several pushes
-        return False
-    ended = events["step"][np.isin(events["kind"], (Event.PUSH, Event.SKIP, Event.DISCARD))]
-    begun = len(record.steps) > (int(ended[-1]) if len(ended) else 0)
-    return begun and (not len(events) or version > int(record.versions[-1, shard]))
+    Raises:
+        UsageError: the record of rank 0 is damaged.
+    """
 
+    def __init__(self, records: Sequence[RankRecord], order: Order, store: Store, buffers: Sequence[Tensor]) -> None:
+        self._store, self._order = store, order
+        self._torn: dict[int, list[tuple[int, Torn]]] = {}  # by shard, each with the version that comes before it
+        path, last = records[0].path, dict[int, int]()
+        with damaged(f"{path}: can't be read", "what it tells of deaths is damaged; copy it again"):
+            self.meetings = meetings_of(records[0].deaths)
+            for averaged in self.meetings.values():
+                if [b.shape for b in averaged] != [b.shape for b in buffers]:
+                    raise UsageError(f"{path}: averaged buffers have another shape than the model's; copy it again")
+            for torn in torn_of(records[0].deaths):
+                k, shard = torn.shard, store.layout.shards[torn.shard]
+                if torn.state.shape != store.state[:, shard.start : shard.stop].shape or torn.notes.shape != (NOTES,):
+                    raise UsageError(f"{path}: shard {k} as a dead rank left it has another shape; copy it again")
+                written = [r.versions[w[:, k], k] for r, w in zip(records, order.writes, strict=True)]
+                earlier = [versions[versions < torn.version].max(initial=0) for versions in written]
+                self._torn.setdefault(k, []).append((max(last.get(k, 0), *map(int, earlier)), torn))
+                last[k] = torn.version
 
-def _with_push(record: RankRecord, original: RankRecord, shard: int, version: int) -> RankRecord:
-    """The record with one more push, or with one more shard in the push that was added before."""
-    events = record.events
-    if len(events) == len(original.events):
-        row = np.zeros(1, events.dtype)
-        pushes = events["clock"][events["kind"] == Event.PUSH]
-        row["kind"], row["hyper"], row["step"] = Event.PUSH, len(record.hypers) - 1, len(record.steps)
-        row["batch"], row["clock"] = len(record.steps), int(pushes[-1]) + 1 if len(pushes) else 0
-        row["versions"] = record.versions[-1] if len(events) else 0
-        events = np.concatenate([events, row])
-    else:
-        events = events.copy()
-    events["versions"][-1, shard] = version
-    return replace(record, events=events)
+    def tear(self, k: int) -> None:
+        """Put shard ``k`` as a dead rank left it, if everything has been done and read that came before."""
+        waiting, store = self._torn.get(k), self._store
+        while waiting and waiting[0][0] == store.versions[k] and not self._order.readers[k, int(store.versions[k])]:
+            _, torn = waiting.pop(0)
+            shard = store.layout.shards[k]
+            store.state[:, shard.start : shard.stop] = torn.state
+            store.notes[k], store.versions[k] = torn.notes, torn.version

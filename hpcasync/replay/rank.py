@@ -117,10 +117,17 @@ def start_randoms(record: RankRecord, seed: int) -> tuple[Tensor, Any, Any]:
     return found
 
 
-def average_buffers(ranks: list[Rank]) -> None:
-    """What ``hpcasync.modes.buffers`` does for the live ranks."""
-    for mine in zip(*(rank.buffers for rank in ranks), strict=True):
-        if mine[0].is_floating_point():
+def average_buffers(ranks: list[Rank], recorded: list[np.ndarray] | None = None) -> None:
+    """What ``hpcasync.modes.buffers`` does for the live ranks.
+
+    Args:
+        ranks: that meet.
+        recorded: what came of it, where that depended on a death.
+    """
+    for i, mine in enumerate(zip(*(rank.buffers for rank in ranks), strict=True)):
+        if recorded:
+            mean = torch.from_numpy(recorded[i])
+        elif mine[0].is_floating_point():
             total = torch.zeros_like(mine[0], dtype=torch.float64)
             for buffer in mine:
                 total += buffer

@@ -17,7 +17,7 @@ import torch
 
 from hpcasync.modes.recorder import Event
 from hpcasync.replay.check import build_model, check_replayable, config_of, open_data
-from hpcasync.replay.deaths import deaths_of, with_last_pushes
+from hpcasync.replay.deaths import Left, deaths_of, with_last_pushes
 from hpcasync.replay.order import order_of
 from hpcasync.replay.rank import Computed, Gradients, Rank, average_buffers, start_randoms
 from hpcasync.store import LocalStore, aligned_zeros, make_layout
@@ -99,6 +99,7 @@ class Replay:
             for i, record in enumerate(self.records)
         ]
         self.order = order_of(self.records, own_copy=rule.own_copy)
+        self._left = Left(self.records, self.order, self.store, list(model.buffers()))
         self._meetings = [int((r.events["kind"] == Event.SYNC).sum()) for r in self.records]
         self._gradients = Gradients(model, self._layout, dataset.as_torch("train"))
         self._watch, self.model = watch, model
@@ -123,7 +124,7 @@ class Replay:
         outcome.complete = all(closed) and all(r.done for r in self.ranks)
         if until is None and not outcome.complete:
             outcome.stopped_at = [{"rank": i, "step": int(r.event["step"])} for i, r in enumerate(self.ranks) if not r.done]
-            if all(closed) and not self._dead:  # nobody knows what a rank did that was killed inside an update
+            if all(closed):
                 self._differs("order", self.ranks[outcome.stopped_at[0]["rank"]], "an update", "none that can follow")
         self._compare_end()
         return outcome
@@ -180,6 +181,7 @@ class Replay:
 
     def _do(self, rank: Rank, k: int) -> bool:
         """Do the event's part in shard ``k`` if its turn has come."""
+        self._left.tear(k)
         store, worker, shard = self.store, rank.worker, self._layout.shards[k]
         version, there = int(rank.record.versions[rank.at, k]), int(store.versions[k])
         if self.order.writes[worker.index][rank.at, k]:
@@ -205,7 +207,7 @@ class Replay:
         if any(r.syncs == number and not _waits(r) for r in party):
             return False
         if all(r.syncs == number for r in party):  # the first to leave
-            average_buffers(party)
+            average_buffers(party, self._left.meetings.get(number))
         rank.syncs += 1
         return True
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from hpcasync.data.atomic import replacing
 from hpcasync.modes.recorder import Event
+from hpcasync.replay.deaths import deaths_of
 from hpcasync.replay.order import PULLS, order_of
 from hpcasync.train.record_file import RankRecord
 
@@ -70,8 +71,21 @@ def entries(records: Sequence[RankRecord], steps: tuple[int, int] | None = None)
     starts = [r.steps["start"][0] + c for r, c in zip(records, clocks, strict=True) if len(r.steps)]
     zero = min(starts, default=0.0)
     shifts = [clock - zero for clock in clocks]
+    deaths = {death["rank"]: death for death in deaths_of(records)}
+    last = max((float(r.events["end"].max()) + s for r, s in zip(records, shifts, strict=True) if len(r.events)), default=0.0)
     for record, shift in zip(records, shifts, strict=True):
-        yield from _slices(record, shift, steps)
+        death = deaths.get(record.rank)
+        if death is None:
+            yield from _slices(record, shift, steps)
+            continue
+        known = [float(values.max()) + shift for values in (record.events["end"], record.steps["start"]) if len(values)]
+        # The clocks of all ranks were compared when the run began; should one have been set since, what is known counts.
+        died = max([min(death["time"] - zero, last), *known])
+        yield from _slices(record, shift, steps, died)
+        if _shown(len(record.steps), steps):
+            about = {name: death[name] for name in ("epoch", "step", "updates", "samples")}
+            about |= {"locks given free, shards": death["shards"]}
+            yield {"ph": "i", "s": "t", "name": "died", "cat": "death", **_place(record), "ts": _us(died), "args": about}
     yield from _arrows(records, shifts, steps)
 
 
@@ -79,9 +93,19 @@ def _place(record: RankRecord) -> Trace:
     return {"pid": record.facts["node"], "tid": record.rank}
 
 
-def _slices(record: RankRecord, shift: float, steps: tuple[int, int] | None) -> Iterator[Trace]:
+def _slices(
+    record: RankRecord, shift: float, steps: tuple[int, int] | None, died: float | None = None
+) -> Iterator[Trace]:
+    """Of one rank; what it died in lasts until then."""
     place, events, rows = _place(record), record.events, record.steps
     ends = np.where(np.isnan(rows["end"]), rows["start"], rows["end"])
+    if died is not None and len(rows) and np.isnan(rows["end"][-1]):
+        ends[-1] = died - shift
+        for push in record.pending[["begin", "step"]]:
+            ends[-1] = begin = max(float(push["begin"]), float(events["end"].max(initial=-np.inf)))
+            if _shown(int(push["step"]), steps):
+                about = {"step": int(push["step"]), "why": "died in it"}
+                yield _slice(place, "apply", begin + shift, died - begin - shift, about)
     chosen = [i for i in range(len(events)) if _shown(int(events["step"][i]), steps)]
     for number in range(1, len(rows) + 1):
         if not _shown(number, steps):

@@ -33,7 +33,8 @@ def write_report(runs: Sequence[Run], path: Path) -> list[Plot]:
     ]
     page = Environment(loader=PackageLoader("hpcasync.report", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     title = ", ".join(dict.fromkeys(run.name for run in runs))
-    facts = {"missing": _missing(runs), "plots": shown, "runs": [_tables(run) for run in runs]}
+    told = {what: _told(runs, what) for what in ("missing", "deaths")}
+    facts = {**told, "plots": shown, "runs": [_tables(run) for run in runs]}
     text = page.get_template("page.html").render(title=title, **facts)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -52,11 +53,11 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
     return [Group(s[0].name if names.count(s[0].name) == 1 else str(s[0].folder), s) for s in groups.values()]
 
 
-def _missing(runs: Sequence[Run]) -> list[str]:
-    """What is missing, each sentence once, with the runs' names where there are several runs."""
+def _told(runs: Sequence[Run], what: str) -> list[str]:
+    """What is missing, or who died: each sentence once, with the runs' names where there are several runs."""
     of: dict[str, list[str]] = {}
     for run in runs:
-        for sentence in run.missing:
+        for sentence in getattr(run, what):
             of.setdefault(sentence, []).append(run.name)
     return [f"{', '.join(names)}: {sentence}" if len(runs) > 1 else sentence for sentence, names in of.items()]
 

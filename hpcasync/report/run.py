@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpcasync.errors import UsageError, damaged
+from hpcasync.report.deaths import death_sentences
 from hpcasync.report.from_record import ranks_of_records
 from hpcasync.train.checkpoint_folder import checkpoints
 from hpcasync.train.lock import holder_of
@@ -39,6 +40,7 @@ class Run:
         ranks: the columns of ``ranks/`` in ``run.h5``, one entry per rank; of a run that is not finished what the records
             tell: ``rank``, ``compute``, ``communicate``, ``wait``, ``staleness``.
         records: of the ranks that have one.
+        deaths: sentences about ranks that died while the others went on.
         missing: sentences about what is not there.
     """
 
@@ -50,6 +52,7 @@ class Run:
     inside: dict[str, Table] = field(default_factory=dict)
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
     records: list[RankRecord] = field(default_factory=list)
+    deaths: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
 
     @property
@@ -94,6 +97,10 @@ def read_run(folder: Path) -> Run:
         _read_finished(run)
     else:
         _read_unfinished(run)
+    with damaged(f"{folder}: can't read who died", "damaged? copy the run again"):
+        deaths = run.result.get("deaths") or [death for r in run.records if r.rank == 0 for death in r.end.get("deaths", [])]
+        starts = [float(r.steps["start"][0]) + r.facts["epoch_of_times"] for r in run.records if len(r.steps)]
+        run.deaths = death_sentences(deaths, run.config, min(starts, default=None))
     if not len(run.curves["epoch"]):
         run.missing.append("no evaluation yet: no learning curves; the first comes after --eval-every epochs")
     run.missing += left_out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +22,23 @@ LINE = 8
 
 LOCK, VERSION, WRITER, NOTE = 0, 1, 2, 3  # words of a shard's line; the notes go to its end
 CLOCK, EXCUSED = 0, 1  # words of a rank's line
+
+
+@dataclass(frozen=True)
+class Torn:
+    """A shard as a worker left it that died while it held the lock.
+
+    Attributes:
+        shard: its number.
+        version: that it has from then on.
+        state: float32 (1 + vectors, elements of the shard).
+        notes: int64 (NOTES,), the rule's.
+    """
+
+    shard: int
+    version: int
+    state: np.ndarray
+    notes: np.ndarray
 
 
 class WindowStore(Store):
@@ -105,16 +123,23 @@ class WindowStore(Store):
     def unlock(self, shard: int, worker: int) -> None:
         put(self._words, LINE * shard + LOCK, 0)
 
-    def bury(self, worker: int) -> list[int]:
+    def bury(self, worker: int) -> list[Torn]:
         """Let the others go on without a worker whose process has ended: nobody waits for it, its locks are open.
 
         Returns:
-            The shards that it held: their last update may have been applied in part, and is not counted.
+            The shards that it held: their last update may have been applied in part. What there is of it counts as one.
         """
         if not self._open:  # the run is over: nobody waits for anything
             return []
         self.set_clock(worker, IDLE)
-        return [k for k in range(len(self.layout.shards)) if exchange(self._words, LINE * k + LOCK, worker + 1, 0)]
+        found = []
+        for k, shard in enumerate(self.layout.shards):
+            if self._words[LINE * k + LOCK] == worker + 1:  # nobody else can have taken it since
+                self.versions[k] += 1
+                state = self.state[:, shard.start : shard.stop].copy()
+                found.append(Torn(k, int(self.versions[k]), state, self.notes[k].copy()))
+                exchange(self._words, LINE * k + LOCK, worker + 1, 0)
+        return found
 
     def regroup(self, world: World) -> None:
         """Go on among these ranks, of which some may die: the window is left to the process's end, freeing is collective."""

@@ -25,6 +25,7 @@ from hpcasync.modes import Async
 from hpcasync.modes.batch_memory import most_replays
 from hpcasync.modes.recorder import Event
 from hpcasync.train.code_version import code_version
+from hpcasync.train.record_deaths import MeetingsAtDeaths, torn_arrays
 from hpcasync.train.record_file import COUNTED, EVENT_ROW, STEP_ROW, RankFile, rank_path, read_rank
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class Record:
         self._hypers: list[bytes] = []
         self._batch = (0, 0)  # size, and where in the samples
         self._pushed: tuple[int, np.ndarray | None] = (0, None)  # clock, shards that were only read
+        self._outlived = run.survival is not None
+        self._meetings = MeetingsAtDeaths(run) if self._outlived and world.rank == 0 else None
         path, problem, kept = rank_path(folder, world.rank), None, None
         offsets = world.gather((world.node, time.time() - time.perf_counter(), uuid.uuid4().hex))
         token, epoch = offsets[0][2], next(offset for node, offset, _ in offsets if node == world.node)
@@ -80,12 +83,17 @@ class Record:
             self._event_size = self.file.events.itemsize
             if kept is not None and resumed is not None:
                 self._keep(kept, resumed["counts"])
+                if self._meetings is not None:
+                    events = self.file.events[: self.file.rows[EVENTS]]
+                    self._meetings.number = int((events["kind"] == Event.SYNC).sum())
         except UsageError as error:
             problem = str(error)
         raise_together(world, problem)
         self.file.rename(path)  # only now: what a run goes on from is kept until all ranks have it
         if isinstance(mode, Async) and layout is not None:
             mode.recorder = self
+            if self._outlived:
+                mode._worker.observer = self._wrote
         self.starts()
         if resumed is not None:
             self.event(Event.RESUME, self._mark, 0.0)
@@ -130,15 +138,25 @@ class Record:
             only_read = np.array([all(grads[p] is None for p in params) for params in self._params])
         self._pushed = clock, only_read
         now = [hypers[i].tobytes() for i in self._group_starts]
-        if self._full or now == self._hypers:
-            return
-        if not self.file.room(HYPERS, 1):
-            self._give_up()
-            return
-        self._hypers = now
-        row = self.file.rows[HYPERS]
-        self.file.hypers[row] = [hypers[i] for i in self._group_starts]
-        self.file.count(HYPERS, row + 1)
+        if not self._full and now != self._hypers:
+            if not self.file.room(HYPERS, 1):
+                self._give_up()
+                return
+            self._hypers = now
+            row = self.file.rows[HYPERS]
+            self.file.hypers[row] = [hypers[i] for i in self._group_starts]
+            self.file.count(HYPERS, row + 1)
+        if self._outlived and not self._full:  # should this rank die in the push, the others' replay needs to know of it
+            if not self.file.room(EVENTS, 1):
+                self._give_up()
+                return
+            begins = time.perf_counter()
+            self._write(self.file.rows[EVENTS], Event.PUSH, 0, begins, begins, 0.0)
+
+    def _wrote(self, shard: int, read: int, version: int) -> None:
+        """A shard of the push under way is done, its lock still held."""
+        if not self._full:
+            self.file.versions[self.file.rows[EVENTS], shard] = version
 
     def event(self, kind: Event, began: float, waited: float) -> None:
         now = time.perf_counter()
@@ -148,7 +166,20 @@ class Record:
         if not file.room(EVENTS, 1):
             self._give_up()
             return
-        index, step = file.rows[EVENTS], file.rows[STEPS]
+        if kind in _PULLS:
+            self._pull += now - began - waited
+        digest = model_digest(self._run.model) if kind is Event.SYNC else 0
+        if kind is Event.SYNC and self._meetings is not None:
+            self._meetings.over()
+        index = file.rows[EVENTS]
+        self._write(index, kind, digest, began, now, waited)
+        file.count(EVENTS, index + 1)
+        self._last[:] = read
+
+    def _write(self, index: int, kind: Event, digest: int, began: float, ended: float, waited: float) -> None:
+        """A row of ``events``; it does not count yet."""
+        file, read = self.file, self._read
+        step = file.rows[STEPS]
         batch = hyper = clock = 0
         only_read = None
         if kind in _GRADIENTS:
@@ -156,14 +187,9 @@ class Record:
         if kind is Event.PUSH:
             clock, only_read = self._pushed
             hyper = file.rows[HYPERS] - 1
-        elif kind in _PULLS:
-            self._pull += now - began - waited
-        digest = model_digest(self._run.model) if kind is Event.SYNC else 0
-        times = began + self._shift, now + self._shift, waited
-        EVENT_ROW.pack_into(file.event_bytes, self._event_size * index, kind, hyper, digest, step, batch, clock, *times)
+        times = began + self._shift, ended + self._shift, waited
         file.versions[index] = read if only_read is None else np.where(only_read, ~read, read)
-        file.count(EVENTS, index + 1)
-        self._last[:] = read
+        EVENT_ROW.pack_into(file.event_bytes, self._event_size * index, kind, hyper, digest, step, batch, clock, *times)
 
     @contextmanager
     def span(self, kind: Event) -> Iterator[None]:
@@ -191,14 +217,20 @@ class Record:
         """
         mode = self._run.mode
         if isinstance(mode, Async):
-            mode.recorder = None
+            mode.recorder = mode._worker.observer = None
         final = None if model is None else model_arrays(model)
         digest = "" if final is None else arrays_digest(final)
-        survival = self._run.survival  # those that died in earlier starts ended them: the record has been cut to the checkpoint
-        deaths = [] if survival is None else survival.deaths
-        facts = None if final is None else {"parameters_sha256": digest, "full": self._full, "deaths": deaths}
+        survival = self._run.survival  # who died in earlier starts ended them: the record has been cut to the checkpoint
+        facts: dict[str, Any] = {"full": self._full, "deaths": [] if survival is None else survival.deaths}
+        arrays: dict[str, np.ndarray] = {}
+        if final is not None:
+            facts["parameters_sha256"] = digest
+            if self._run.world.rank == 0:
+                arrays |= {f"final/{name}": values for name, values in final.items()}
+        if survival is not None and self._meetings is not None:
+            arrays |= self._meetings.arrays() | torn_arrays(survival.torn)
         try:
-            self.file.close(final if self._run.world.rank == 0 else None, facts)
+            self.file.close(arrays, facts, ended=final is not None)
         except UsageError as error:
             print(f"hpcasync: warning: {error}. The record stays in its longer form", file=sys.stderr, flush=True)
             self.file.leave()
@@ -248,6 +280,7 @@ class Record:
             "shards": len(self._params),
             "groups": [len(g["params"]) for g in mode.param_groups],
             "start_sha256": arrays_digest(model_arrays(run.model)),
+            "outlived": self._outlived,
             "epoch_of_times": epoch,
         }
 

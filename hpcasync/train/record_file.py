@@ -158,13 +158,20 @@ class RankFile:
         os.replace(self.path, path)
         self.path = path
 
-    def close(self, final: Mapping[str, np.ndarray] | None = None, facts: Mapping[str, Any] | None = None) -> None:
-        """Write the file anew without empty rows, compressed, with ``final``: the model at the end, on one rank.
+    def close(
+        self, arrays: Mapping[str, np.ndarray] | None = None, facts: Mapping[str, Any] | None = None, *, ended: bool = True
+    ) -> None:
+        """Write the file anew without empty rows, compressed.
+
+        Args:
+            arrays: more of them, by their place in the file.
+            facts: of the end.
+            ended: whether the run came to its end.
 
         Raises:
             UsageError: no room for it; what has been recorded stays as it is.
         """
-        self.counts[CLOSED] = final is not None or facts is not None
+        self.counts[CLOSED] = ended
         image = io.BytesIO()  # HDF5 can't report a full disk cleanly
         with h5py.File(self.path, "r") as old, h5py.File(image, "w", libver="v110") as file:
             file.attrs.update(old.attrs)
@@ -177,8 +184,8 @@ class RankFile:
                 packed = {"compression": "gzip", "compression_opts": 1, "shuffle": True} if len(rows) else {}
                 file.create_dataset(name, data=rows, **packed)
             file["counts"] = self.counts
-            for name, values in (final or {}).items():
-                file[f"final/{name}"] = values
+            for name, values in (arrays or {}).items():
+                file[name] = values
         self.flush()
         with replacing(self.path, needed=image.tell()) as temporary:
             temporary.write_bytes(image.getbuffer())
@@ -221,6 +228,8 @@ class RankRecord:
         closed: whether the run came to its end.
         final: the model at the end, by name; empty on other ranks than 0 and of a run that did not end.
         end: facts of the end.
+        pending: a row of ``events`` or none: of a run that may outlive this rank, the push that it was in when it died.
+        deaths: arrays that tell of the deaths of others, see docs/replay.md; of rank 0 only.
     """
 
     rank: int
@@ -234,6 +243,8 @@ class RankRecord:
     closed: bool
     final: dict[str, np.ndarray]
     end: dict[str, Any]
+    pending: np.ndarray
+    deaths: dict[str, np.ndarray]
 
     @cached_property
     def versions(self) -> np.ndarray:
@@ -268,7 +279,8 @@ def read_rank(path: Path, rank: int) -> RankRecord:
             raise UsageError(f"{path} has format {version}, this hpcasync reads {VERSION}; use the hpcasync that wrote it")
         counts = file["counts"][:]
         parts = {name: file[name][: int(counts[i])] for i, name in enumerate(COUNTED)}
-        final = {name: data[()] for name, data in file["final"].items()} if "final" in file else {}
+        final, deaths = _arrays(file, "final"), _arrays(file, "deaths")
+        pending = file["events"][len(parts["events"]) : len(parts["events"]) + 1]
         end = json.loads(file.attrs.get("end", "{}"))
         facts, random = json.loads(file.attrs["facts"]), file["random"][:]
         closed, _, _ = bool(counts[CLOSED]), int(facts["ranks"]), facts["run"]
@@ -277,7 +289,15 @@ def read_rank(path: Path, rank: int) -> RankRecord:
         problem = _damage(**parts)
         if problem:
             raise UsageError(f"{path} is damaged: {problem}; copy it again")
-    return RankRecord(rank, path, facts, **parts, random=random, closed=closed, final=final, end=end)
+        begun = not closed and facts.get("outlived") and (pending["kind"] == Event.PUSH).all()
+        if not begun or _damage(**{**parts, "events": pending}):
+            pending = pending[:0]
+    about: dict[str, Any] = {"random": random, "closed": closed, "final": final, "end": end, "pending": pending, "deaths": deaths}
+    return RankRecord(rank, path, facts, **parts, **about)
+
+
+def _arrays(file: h5py.File, name: str) -> dict[str, np.ndarray]:
+    return {key: data[()] for key, data in file[name].items()} if name in file else {}
 
 
 def _damage(events: np.ndarray, steps: np.ndarray, samples: np.ndarray, hypers: np.ndarray) -> str:

@@ -23,7 +23,7 @@ from hpcasync.comm.star import RankDied, Star
 from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Mode
 from hpcasync.modes.state import idle
-from hpcasync.store import WindowStore
+from hpcasync.store import Torn, WindowStore
 from hpcasync.train import launched, signals
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class Survival:
         deaths: of those that died, in their order: ``rank`` (its first number), ``time`` (seconds since 1970), ``epoch``,
             ``step``, ``samples`` and ``updates`` (what it had done), and ``shards`` whose lock it held: a last update of
             theirs may have been applied in part. On every rank, as of the last meeting.
+        torn: on rank 0, these shards as they were then.
         told: called on rank 0 with each dead rank's first number, at once, perhaps in a thread; None for nobody.
 
     Raises:
@@ -67,6 +68,7 @@ class Survival:
         self._board = shared_rows(world, 8 * (CALL + 1))[:, : 8 * (CALL + 1)].view(np.int64)
         self._own = self._board[world.rank]
         self.deaths: list[dict[str, Any]] = []
+        self.torn: list[Torn] = []
         self.told: Callable[[int], None] | None = None
         self._buried: dict[int, dict[str, Any]] = {}  # on rank 0, as they happen
         self.star = Star(world.comm, self._bury)
@@ -82,7 +84,9 @@ class Survival:
 
     def _bury(self, rank: int, when: float) -> None:
         """On rank 0, at once, perhaps in a thread: nobody may wait for the dead rank's lock, clock or turn."""
-        shards = self._store.bury(rank)
+        torn = self._store.bury(rank)
+        shards = [of.shard for of in torn]
+        self.torn += torn
         epoch, step, samples, updates = self._board[rank, :CALL].tolist()
         done = {"epoch": epoch, "step": step, "samples": samples, "updates": updates, "shards": shards}
         self._buried[rank] = {"rank": rank, "time": when} | done
@@ -91,9 +95,9 @@ class Survival:
             self.told(rank)
         at = time.strftime("%H:%M:%S", time.localtime(when))
         held = ", ".join(map(str, shards))
-        torn = f"; it held the lock of shard {held}, whose last update may be applied in part" if shards else ""
+        part = f"; it held the lock of shard {held}, whose last update may be applied in part" if shards else ""
         print(
-            f"hpcasync: rank {rank} died at {at} in epoch {epoch}, step {step}{torn}. The run goes on without it; "
+            f"hpcasync: rank {rank} died at {at} in epoch {epoch}, step {step}{part}. The run goes on without it; "
             "the others take over its share of the data in the next epoch",
             file=sys.stderr,
             flush=True,

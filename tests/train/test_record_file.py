@@ -53,7 +53,7 @@ def test_rows_are_what_the_schema_says(tmp_path: Path) -> None:
         assert found.indices(10).tolist() == [9, 10] and found.random.tolist() == list(range(9))
         assert found.closed is closed and bool(found.final) is closed
         if not closed:
-            file.close({"w": np.ones(3)}, {"parameters_sha256": "abc"})
+            file.close({"final/w": np.ones(3)}, {"parameters_sha256": "abc"})
     assert found.end == {"parameters_sha256": "abc"} and os.stat(path).st_size < 1e5
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
