@@ -33,10 +33,10 @@ DEATHS = {3: ("step", 50), 2: ("shard", 27), 1: ("update", 61)}
 IN_MEETINGS = {3: ("averaged", 1), 2: ("unrecorded", 2), 1: ("uncounted", 900)}
 
 
-def survived(folder: Path, lane: str, deaths: dict[int, tuple[str, int]], *words: str) -> dict[str, Any]:
+def survived(folder: Path, lane: str, deaths: dict[int, tuple[str, int]], epochs: str, *words: str) -> dict[str, Any]:
     """A recorded run of four ranks in ``folder``/run, of which these die; its result."""
     env = {"DEATHS": json.dumps(deaths), "PYTHONPATH": str(REPO)}
-    common = ("--data", "digits", "--model", "tests.replay.dying:norm", "--epochs", "4", "--batch", "8", "--record")
+    common = ("--data", "digits", "--model", "tests.replay.dying:norm", "--epochs", epochs, "--batch", "8", "--record")
     with SurvivingJob(require_lane(lane), folder / "run", *common, *words, env=env) as job:
         code, result, err = job.end()
     assert code == 0, err
@@ -48,7 +48,7 @@ def survived(folder: Path, lane: str, deaths: dict[int, tuple[str, int]], *words
 def test_every_rule_after_deaths(rule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = () if rule == "guided" else ("--rule", rule)
     lane = "openmpi" if rule == "asgd" else "mpich"  # no MPI in what differs between the rules
-    result = survived(tmp_path, lane, DEATHS, *words, *RULES[rule])
+    result = survived(tmp_path, lane, DEATHS, "3", *words, *RULES[rule])
     held = {death["rank"]: len(death["shards"]) for death in result["deaths"]}
     assert held == {3: 0, 2: 0, 1: 1}
     records = read_record(tmp_path / "run")
@@ -59,7 +59,7 @@ def test_every_rule_after_deaths(rule: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_meetings_that_a_death_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    survived(tmp_path, "mpich", IN_MEETINGS, "--rule", "asgd")
+    survived(tmp_path, "mpich", IN_MEETINGS, "4", "--rule", "asgd")
     run = tmp_path / "run"
     code, found = replay(capsys, run)
     assert code == 0 and found["complete"], found
