@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hpcasync.errors import UsageError, damaged
+from hpcasync.modes.inside import QUANTILES
 from hpcasync.report.deaths import death_sentences
 from hpcasync.report.from_record import ranks_of_records
 from hpcasync.train.checkpoint_folder import checkpoints
@@ -97,7 +98,8 @@ def read_run(folder: Path) -> Run:
         _read_finished(run)
     else:
         _read_unfinished(run)
-    with damaged(f"{folder}: can't read who died", "damaged? copy the run again"):
+    with damaged(f"{folder}: its tables do not fit together", "one of its files is damaged: copy the run again"):
+        _check(run)
         deaths = run.result.get("deaths") or [death for r in run.records if r.rank == 0 for death in r.end.get("deaths", [])]
         starts = [float(r.steps["start"][0]) + r.facts["epoch_of_times"] for r in run.records if len(r.steps)]
         run.deaths = death_sentences(deaths, run.config, min(starts, default=None))
@@ -107,6 +109,25 @@ def read_run(folder: Path) -> Run:
     if not run.records:
         run.missing.append("no record: no order of updates" + ("" if run.simulated else " (train --record)"))
     return run
+
+
+def _check(run: Run) -> None:
+    """Raise ``ValueError`` unless the tables have the shapes that plots rely on."""
+    rows, ranks = len(run.curves["epoch"]), len(run.ranks.get("rank", ()))
+    shapes: dict[str, tuple[np.ndarray, tuple[int, ...]]] = {}
+    for name, values in run.curves.items():
+        shapes[f"curves/{name}"] = values, (rows,)
+    for name, (columns, values) in run.inside.items():
+        shapes[f"inside/{name}"] = values, (rows, len(QUANTILES) if name == "scores" else len(columns))
+        if (name == "scores" and len(columns) != len(QUANTILES)) or not all(isinstance(column, str) for column in columns):
+            raise ValueError(f"inside/{name} has the columns {columns}")
+    for name, values in run.ranks.items():
+        shapes[f"ranks/{name}"] = values, (ranks, *(values.shape[1:2] or (1,))) if name == "staleness" else (ranks,)
+    for name, (values, expected) in shapes.items():
+        if values.shape != expected or values.dtype.kind not in "iuf":
+            raise ValueError(f"{name} has shape {values.shape} and type {values.dtype}, expected {expected} numbers")
+    if not all(isinstance(table, dict) for table in (run.config, run.result, run.environment)):
+        raise ValueError("configuration, result and environment are no tables")
 
 
 def _read_finished(run: Run) -> None:

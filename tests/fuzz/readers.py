@@ -166,11 +166,11 @@ def _open_site(path: Path) -> Any:
     return read_site(str(path))
 
 
-def _run(folder: Path) -> Path:
+def _run(folder: Path, *words: str) -> Path:
     from hpcasync.cli import main
 
     arguments = ["simulate", "--data", "digits", "--model", "logistic", "--workers", "2", "--epochs", "1"]
-    assert main([*arguments, "--output", str(folder / "run")]) == 0
+    assert main([*arguments, *words, "--output", str(folder / "run")]) == 0
     return folder / "run" / "run.h5"
 
 
@@ -196,6 +196,86 @@ def _open_record(path: Path) -> Any:
     return read_record(path.parent.parent)
 
 
+def _unfinished(folder: Path, name: str) -> Path:
+    _inside(folder).unlink()
+    return folder / "run" / name
+
+
+def _inside(folder: Path) -> Path:
+    return _run(folder, "--rule", "trend-smooth")
+
+
+def _metrics(folder: Path) -> Path:
+    return _unfinished(folder, "metrics.jsonl")
+
+
+def _run_config(folder: Path) -> Path:
+    return _unfinished(folder, "config.toml")
+
+
+def _reported(path: Path) -> Any:
+    from hpcasync.report.draw import svg
+    from hpcasync.report.figures import plots
+    from hpcasync.report.page import _groups, _tables
+    from hpcasync.report.run import read_run
+
+    run = read_run(path.parent)
+    drawn = plots(_groups([run]))
+    return _tables(run), [svg(figure, name) for plot in drawn for name, figure in plot.panels.items()]
+
+
+def _reported_record(path: Path) -> Any:
+    from hpcasync.replay.compare import compare
+    from hpcasync.replay.timeline import entries
+    from hpcasync.train.record_file import read_record
+
+    records = read_record(path.parent.parent)
+    return _reported(path.parent), list(entries(records)), compare(records, records)
+
+
+def _replayed(path: Path) -> Any:
+    from hpcasync.replay.replay import Replay
+
+    return Replay(path.parent.parent).run()
+
+
+def _like(path: Path) -> Any:
+    from hpcasync.cli import main
+
+    words = ["--data", "digits", "--model", "logistic", "--workers", "2", "--epochs", "1", "--batch", "240"]
+    return main(["simulate", *words, "--like", str(path.parent), "--output", str(path.parent / "again")])
+
+
+def _lock(folder: Path) -> Path:
+    from hpcasync.train.lock import RunLock
+
+    lock = RunLock(folder)
+    words = lock.path.read_bytes()
+    lock.release()
+    lock.path.write_bytes(words.replace(str(os.getpid()).encode(), b"1"))
+    return lock.path
+
+
+def _open_lock(path: Path) -> Any:
+    from hpcasync.train.lock import RunLock, holder_of
+
+    found = holder_of(path.parent)
+    lock = RunLock(path.parent)
+    lock.release()
+    return found
+
+
+def _ledger(folder: Path) -> Path:
+    (folder / "1-1.json").write_text('["/dev/shm/hpcasync-fuzz-that-is-not-there", "/tmp/no/segment"]')
+    return folder / "1-1.json"
+
+
+def _open_ledger(path: Path) -> Any:
+    from hpcasync.launch.processes import Ledger
+
+    return Ledger(path.parent).clear()
+
+
 READERS = {
     "idx": Reader(_idx, _imported),
     "idx-gz": Reader(_idx_gz, _imported),
@@ -214,4 +294,11 @@ READERS = {
     "site": Reader(_site, _open_site),
     "run": Reader(_run, _open_run, contents=True),
     "record": Reader(_record, _open_record, contents=True),
+    "metrics": Reader(_metrics, _reported),
+    "run-config": Reader(_run_config, _reported),
+    "run-report": Reader(_inside, _reported, contents=True),
+    "record-report": Reader(_record, _reported_record, contents=True),
+    "like": Reader(_run, _like, contents=True),
+    "lock": Reader(_lock, _open_lock),
+    "ledger": Reader(_ledger, _open_ledger),
 }
