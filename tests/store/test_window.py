@@ -195,7 +195,7 @@ store.barrier()
 if me == 0:
     assert store._ahead(worker) == 3 and not store.try_lock(0, me)
     torn = store.bury(1)
-    assert [(of.shard, of.version, of.state.shape) for of in torn] == [(0, 1, (1, 16)), (2, 1, (1, 8))], torn
+    assert [(of.shard, of.version) for of in torn] == [(0, 1), (2, 1)] and torn[0].state.shape == (1, 16), torn
     assert not store.gate(worker, 0)
     store.push_pull(worker, grads, out, hypers)
     assert store.versions.tolist() == [2, 1, 2], store.versions  # what the dead rank held counts as an update, of unknown content
