@@ -54,6 +54,8 @@ def _replay(folder: Path, until: int | None, options: dict[str, Any]) -> dict[st
     if until is not None and until < 1:
         raise UsageError(f"--until {until}: expected a step, from 1")
     replay = Replay(folder, **options)
+    if until is not None and until > replay.longest:
+        raise UsageError(f"--until {until}: no rank of {folder} made more than {replay.longest} steps")
     outcome = replay.run(until)
     print(f"{outcome.events:,} of {outcome.recorded:,} recorded events of {len(replay.ranks)} ranks, {outcome.updates:,} updates")
     for death in deaths_of(replay.records):
@@ -101,7 +103,11 @@ def _compare(folder: Path, other: Path) -> dict[str, Any]:
     from hpcasync.replay.compare import compare
     from hpcasync.train.record_file import read_record
 
-    found = compare(read_record(folder), read_record(other))
+    one, two = read_record(folder), read_record(other)
+    models = [str(records[0].facts["config"].get("model")) for records in (one, two)]
+    if models[0] != models[1]:
+        raise UsageError(f"--compare: {folder} has the model {models[0]}, {other} has {models[1]}; compare runs of one model")
+    found = compare(one, two)
     for key, (mine, theirs) in found["settings"].items():
         print(f"{key}: {mine} in {folder}, {theirs} in {other}")
     for difference in found["differences"]:

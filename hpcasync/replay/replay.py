@@ -20,6 +20,7 @@ from hpcasync.replay.check import build_model, check_replayable, config_of, open
 from hpcasync.replay.deaths import Left, deaths_of, with_last_pushes
 from hpcasync.replay.order import order_of
 from hpcasync.replay.rank import Computed, Gradients, Rank, average_buffers, start_randoms
+from hpcasync.replay.tables import check_tables
 from hpcasync.store import LocalStore, aligned_zeros, make_layout
 from hpcasync.train.record import arrays_digest, model_arrays, model_digest
 from hpcasync.train.record_file import RankRecord, read_record
@@ -79,6 +80,7 @@ class Replay:
         rule = check_replayable(run, self.records, config)
         dataset = open_data(run, self.records[0], config, data)
         model = build_model(run, self.records[0], config, dataset, any_code=any_code)
+        check_tables(self.records, model, len(dataset.as_torch("train")))
         self._threads = int(facts["threads"])
         sizes = [p.numel() for p in model.parameters()]
         self._layout = make_layout(sizes, facts["shard_elements"])
@@ -103,6 +105,7 @@ class Replay:
         self._meetings = [int((r.events["kind"] == Event.SYNC).sum()) for r in self.records]
         self._gradients = Gradients(model, self._layout, dataset.as_torch("train"))
         self._watch, self.model = watch, model
+        self.longest = max(len(record.steps) for record in self.records)
         self.outcome = Outcome(recorded=sum(len(r.events) for r in self.records))
 
     def run(self, until: int | None = None, rank: int | None = None) -> Outcome:

@@ -318,7 +318,7 @@ def read_record(run: Path) -> list[RankRecord]:
         UsageError: no such folder, no record in it, a rank's file missing, ranks of different runs.
     """
     if not run.is_dir():
-        raise UsageError(f"{run}: no such folder; expected that of a run")
+        raise UsageError(f"{run}: {'is a file' if run.exists() else 'no such folder'}; expected the folder of a run")
     there = sorted((run / FOLDER).glob("rank-*.h5"))
     if not there:
         raise UsageError(f"{run} holds no record ({FOLDER}/rank-*.h5); train with --record")

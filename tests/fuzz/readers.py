@@ -298,6 +298,7 @@ READERS = {
     "run-config": Reader(_run_config, _reported),
     "run-report": Reader(_inside, _reported, contents=True),
     "record-report": Reader(_record, _reported_record, contents=True),
+    "replay": Reader(_record, _replayed, contents=True),
     "like": Reader(_run, _like, contents=True),
     "lock": Reader(_lock, _open_lock),
     "ledger": Reader(_ledger, _open_ledger),

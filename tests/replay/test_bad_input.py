@@ -94,6 +94,9 @@ def test_every_case(mpirun: MpiRun, capsys: pytest.CaptureFixture[str], monkeypa
 
     for flags, words in (
         (("--until", "0"), "--until 0"),
+        (("--until", "4"), "no rank of"),
+        (("--compare", folder / "own"), "has the model tests.replay.nets:frozen"),
+        (("--compare", run / "config.toml"), "is a file"),
         (("--inspect", "1"), "RANK:STEP"),
         (("--inspect", "2:1"), "ranks 0 to 1"),
         (("--inspect", "1:9999"), "rank 1 made 3 steps"),
