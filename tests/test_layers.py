@@ -9,7 +9,7 @@ import hpcasync
 
 ROOT = Path(hpcasync.__file__).parent
 LAYERS = [
-    {"errors", "backoff", "docstrings", "proc", "stats"},
+    {"errors", "backoff", "docstrings", "launched", "proc", "stats"},
     {"kernels"},
     {"comm", "data", "models"},
     {"rules"},

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the job; its exit code."""
     from hpcasync.launch.job import Job, run_with_restarts
     from hpcasync.launch.library import find_library
-    from hpcasync.train.launched import Death
+    from hpcasync.launched import Death
 
     words = args.program[1:] if args.program[:1] == ["--"] else args.program
     if args.n < 1:

@@ -9,9 +9,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
 
+from hpcasync import launched
 from hpcasync.comm.launch import launched_rank
 from hpcasync.errors import UsageError
 
@@ -19,6 +21,7 @@ MEET_SECONDS = 3.0
 """How long a rank with bad input waits for the others to find the same."""
 
 _comm: Any = None  # of our own, so that a failing rank's messages meet no other traffic
+_meet: Callable[[], bool] | None = None  # in place of MPI's barrier
 _exit_code = 0  # what this process is leaving with, once it has called sys.exit
 
 
@@ -60,6 +63,12 @@ def install(comm: Any) -> None:
     atexit.register(meet_or_abort)
 
 
+def meet_by(meet: Callable[[], bool]) -> None:
+    """For a job that outlives ranks, with which MPI has no barrier: ``meet`` waits for all to leave, False if they don't."""
+    global _meet
+    _meet = meet
+
+
 def leaving_with(code: int) -> int:
     """Tell that the process is about to end with ``code``, and return it: ``sys.exit(main())`` has looked ``exit`` up before."""
     global _exit_code
@@ -85,6 +94,8 @@ def meet_or_abort() -> None:
 
 def _all_meet() -> bool:
     """Whether every rank comes here within ``MEET_SECONDS``."""
+    if _meet is not None:
+        return _meet()
     everyone = _comm.Ibarrier()
     deadline = time.monotonic() + MEET_SECONDS
     while not everyone.Test():
@@ -126,6 +137,8 @@ def usage_failed(message: str) -> int:
         abort(_comm, 2)
     if _comm.rank == 0:
         print(message, file=sys.stderr, flush=True)
+    if _meet is not None:
+        leaving_with(2)
     return 2
 
 
@@ -144,5 +157,6 @@ def report(
 
 def abort(comm: Any, code: int) -> NoReturn:
     """End the job on every rank with ``code``."""
+    launched.note_abort(code)
     comm.Abort(code)
     raise SystemExit(code)  # not reached under MPI

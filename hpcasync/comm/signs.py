@@ -33,8 +33,8 @@ AT_WORK, ENDING, ENDED, TOLD, LEFT = range(5)
 
 PHASES = ("training", "the meeting at the end of an epoch", "evaluation", "a checkpoint", "asking for signals")
 KINDS = ("", "the average of the gradients", "the average of the models", "a sum", "a broadcast", "a barrier", "a gather",
-         "a message")  # fmt: skip
-NONE, GRADIENTS, MODELS, SUM, BROADCAST, BARRIER, GATHER, MESSAGE = range(len(KINDS))
+         "a message", "a shard's lock", "its turn", "the bound on staleness", "the answer of another node")  # fmt: skip
+NONE, GRADIENTS, MODELS, SUM, BROADCAST, BARRIER, GATHER, MESSAGE, LOCK, TURN, BOUND, ANSWER = range(len(KINDS))
 
 Result = TypeVar("Result")
 _PACKET = struct.Struct(f"<16si{WORDS}q")
@@ -91,16 +91,28 @@ class Signs:
 
     def within(self, kind: int, work: Callable[..., Result], *args: Any) -> Result:
         """``work(*args)``, an operation for which this rank may wait for others; ``kind`` is one of ``KINDS``."""
-        mine = self._mine
-        before: int = mine[WAITS]
-        mine[OPERATIONS] += 1
-        mine[WAITS] = before or kind  # one within another has the outer one's name
+        before = self.begin(kind)
         try:
             return work(*args)
         finally:
-            mine[WAITS] = before
-            while self.hold:  # the job is about to end, and this rank's state is being saved
-                time.sleep(_PARK_SECONDS)
+            self.end(before)
+
+    def begin(self, kind: int) -> int:
+        """From here on this rank waits; give ``end`` what this returns."""
+        before: int = self._mine[WAITS]
+        self._mine[OPERATIONS] += 1
+        self._mine[WAITS] = before or kind  # one within another has the outer one's name
+        return before
+
+    def end(self, before: int) -> None:
+        """It has what it waited for."""
+        self._mine[WAITS] = before
+        while self.hold:  # the job is about to end, and this rank's state is being saved
+            time.sleep(_PARK_SECONDS)
+
+    def bury(self, rank: int) -> None:
+        """A rank of this node has died, and nobody is to wait for it."""
+        self._near[self._neighbours.index(rank), STATE] = LEFT
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

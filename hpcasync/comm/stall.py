@@ -18,15 +18,18 @@ from typing import NoReturn
 
 import numpy as np
 
-from hpcasync import proc
+from hpcasync import launched, proc
 from hpcasync.comm.shared_memory import shared_rows
 from hpcasync.comm.signs import (
+    ANSWER,
     BEAT,
+    BOUND,
     ENDED,
     ENDING,
     GRADIENTS,
     KINDS,
     LEFT,
+    LOCK,
     MADE,
     MODELS,
     OPERATIONS,
@@ -36,6 +39,7 @@ from hpcasync.comm.signs import (
     STATE,
     STEPS,
     TOLD,
+    TURN,
     WAITS,
     WORDS,
     Signs,
@@ -66,6 +70,14 @@ ABORT_SECONDS = 5.0
 
 FRAMES = 8
 
+FREE = {
+    LOCK: "a shard's lock that {} holds",
+    TURN: "a turn that {} does not take",
+    BOUND: "{}, behind the bound on staleness",
+    ANSWER: "another node's answer, perhaps that of {}",
+}
+"""What ranks wait for outside operations of all, and whom they wait for."""
+
 
 @dataclass(frozen=True)
 class Stall:
@@ -77,6 +89,7 @@ class Stall:
         missing: per other rank what is known of it.
         alive: those of them whose watch thread is at work.
         unheard: ranks of which nothing is known: no datagram has come.
+        kind: what ranks wait for of ``FREE``, the first there in its order; 0 if nothing.
     """
 
     seconds: float
@@ -84,12 +97,17 @@ class Stall:
     missing: dict[int, str]
     alive: list[int]
     unheard: list[int]
+    kind: int = 0
 
     def __str__(self) -> str:
         where, here = next(iter(self.waiting.items()))
         first = f"{_ranks(here)} waited for {self.seconds:.1f} s in {where}"
         others = [f"{_ranks(ranks)} in {place}" for place, ranks in self.waiting.items()][1:]
-        if self.missing:
+        if self.missing and self.kind:
+            everyone = sorted(rank for ranks in self.waiting.values() for rank in ranks)
+            text, others = f"{_ranks(everyone)} waited for {self.seconds:.1f} s", []
+            text += f" for {FREE[self.kind].format(_ranks([*self.missing]))}"
+        elif self.missing:
             has = "has" if len(self.missing) == 1 else "have"
             text = f"{_ranks([*self.missing])} {has} not come to {where}, where {_ranks(here)} waited for {self.seconds:.1f} s"
         else:
@@ -101,7 +119,13 @@ class Stall:
 
 
 def judge(
-    lines: np.ndarray, silent: np.ndarray, states: dict[int, str], places: list[tuple[int, str]], me: int, seconds: float
+    lines: np.ndarray,
+    silent: np.ndarray,
+    states: dict[int, str],
+    places: list[tuple[int, str]],
+    me: int,
+    seconds: float,
+    free: bool = False,
 ) -> Stall | None:
     """Who is missing, if this rank is the one to act: the lowest of those that wait and live.
 
@@ -112,6 +136,7 @@ def judge(
         places: per rank its node and the node's name.
         me: this rank.
         seconds: for so long nothing has moved.
+        free: the ranks make their steps independently of each other, so an operation is the same after any step.
     """
     stopped = {rank for rank, state in states.items() if state in ("", "T", "t", "Z", "X")}
     ranks = [r for r in range(len(lines)) if lines[r, STATE] != LEFT]
@@ -122,14 +147,15 @@ def judge(
         return None
     waiting: dict[str, list[int]] = {}
     for rank in here:
-        waiting.setdefault(_operation(lines[rank]), []).append(rank)
+        waiting.setdefault(_operation(lines[rank], free), []).append(rank)
     missing = {}
     for rank in ranks:
         if rank not in here and rank not in unheard:
             what = _state(states.get(rank), rank in frozen)
-            at = _operation(lines[rank]) if lines[rank, WAITS] else _work(lines[rank])
+            at = _operation(lines[rank], free) if lines[rank, WAITS] else _work(lines[rank])
             missing[rank] = f" (process {lines[rank, PID]} on {places[rank][1]}): {what}, in {at}"
-    return Stall(seconds, waiting, missing, [r for r in missing if r not in frozen], unheard)
+    kind = next((kind for kind in FREE if kind in lines[here, WAITS]), 0)
+    return Stall(seconds, waiting, missing, [r for r in missing if r not in frozen], unheard, kind)
 
 
 class Watch:
@@ -153,12 +179,21 @@ class Watch:
         self._tick = min(1.0, seconds / 20)
         self._save: Callable[[], str] = lambda: "Nothing had begun that could be saved."
         self._told: Callable[[list[int]], None] = lambda missing: None
+        self._guilty: Callable[[int, list[int]], list[int]] | None = None
+        self._fence: Callable[[list[int]], bool] | None = None
         self._main = threading.get_ident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hpcasync-stall", daemon=True)
         self._thread.start()
 
-    def begin(self, steps: int, save: Callable[[], str], told: Callable[[list[int]], None] | None = None) -> None:
+    def begin(
+        self,
+        steps: int,
+        save: Callable[[], str],
+        told: Callable[[list[int]], None] | None = None,
+        guilty: Callable[[int, list[int]], list[int]] | None = None,
+        fence: Callable[[list[int]], bool] | None = None,
+    ) -> None:
         """From here on there is something to save.
 
         Args:
@@ -166,9 +201,12 @@ class Watch:
             save: called in another thread while this one is held in an operation; saves what this rank has, without the
                 others, and returns a sentence on it.
             told: called on the rank that ends the job with the ranks that hang.
+            guilty: for ranks that make their steps independently of each other: given what is waited for, a key of ``FREE``
+                or 0, and the ranks that do not wait, those for which the others do.
+            fence: ends these ranks, after which the others go on; False if they cannot.
         """
         self.signs.say(STEPS, steps)
-        self._save, self._told = save, told or self._told
+        self._save, self._told, self._guilty, self._fence = save, told or self._told, guilty, fence
 
     def close(self) -> None:
         """Leave: nobody is to wait for this rank. Idempotent."""
@@ -204,7 +242,7 @@ class Watch:
                     self._show(lines)
                 told = True
             elif quiet >= self._limit(lines):
-                self._act(lines, silent, quiet)
+                quiet = self._act(lines, silent, quiet)
 
     def _limit(self, lines: np.ndarray) -> float:
         known = (lines[:, STATE] != LEFT) & (lines[:, BEAT] > 0)
@@ -212,21 +250,44 @@ class Watch:
             return self._seconds
         return max(self._seconds, min(FIRST * self._seconds, FIRST_SECONDS))
 
-    def _act(self, lines: np.ndarray, silent: np.ndarray, quiet: float) -> None:
-        """Hold this rank where it is and end the job, if this rank is the one to do so."""
+    def _act(self, lines: np.ndarray, silent: np.ndarray, quiet: float) -> float:
+        """If this rank is the one to do so: hold it where it is and end the job, or end the ranks that the others wait for.
+
+        Returns:
+            For how long nothing has moved.
+        """
         signs = self.signs
         here = [r for r, (node, _) in enumerate(signs.places) if node == signs.node]
         states = {r: _process_state(int(lines[r, PID])) for r in here}
-        stall = judge(lines, silent, states, signs.places, signs.rank, quiet)
+        stall = judge(lines, silent, states, signs.places, signs.rank, quiet, free=self._guilty is not None)
         if stall is None:
-            return
+            return quiet
+        if self._guilty is not None and stall.missing:
+            guilty = self._guilty(stall.kind, list(stall.missing))
+            if not guilty and quiet < 2 * self._limit(lines):
+                return quiet  # what was held has just been given free
+            missing = {rank: what for rank, what in stall.missing.items() if rank in guilty or not guilty}
+            stall = replace(stall, missing=missing, alive=[rank for rank in stall.alive if rank in missing])
+            if (signs.lines()[:, OPERATIONS:PID] != lines[:, OPERATIONS:PID]).any():
+                return 0.0  # somebody has gone on just now
+            if guilty and self._fence is not None and self._fenced(stall):
+                return 0.0
         signs.hold = True
         now = signs.lines()[signs.rank]
         if not now[WAITS] or now[OPERATIONS] != lines[signs.rank, OPERATIONS]:
             signs.hold = False  # it has gone on just now
-            return
+            return quiet
         signs.say(STATE, ENDING)
         threading.Thread(target=self._end, args=(stall,), name="hpcasync-stall-end", daemon=True).start()
+        return quiet
+
+    def _fenced(self, stall: Stall) -> bool:
+        assert self._fence is not None
+        if not self._fence(list(stall.missing)):
+            return False
+        one = len(stall.missing) == 1
+        _say(f"hpcasync: stalled: {stall}\nhpcasync: {'it is' if one else 'they are'} killed, so as not to wake and write")
+        return True
 
     def _end(self, stall: Stall) -> None:
         _say(f"hpcasync: stalled: {stall}")
@@ -247,6 +308,7 @@ class Watch:
     def _abort(self) -> NoReturn:
         from mpi4py import MPI
 
+        launched.note_abort(EXIT_CODE)
         # Through its address: mpi4py's keeps Python's lock, and a thread of another library may keep MPI's.
         comm = ctypes.c_void_p(MPI._handleof(self.world.comm))
         abort = threading.Thread(target=ctypes.CDLL(MPI.__file__).MPI_Abort, args=(comm, EXIT_CODE), daemon=True)
@@ -278,9 +340,11 @@ class Watch:
         return bool(unheard)
 
 
-def _operation(line: np.ndarray) -> str:
+def _operation(line: np.ndarray, free: bool) -> str:
     """What a rank waits in."""
     phase, kind, steps = (int(line[word]) for word in (PHASE, WAITS, STEPS))
+    if free:
+        return PHASES[phase] if phase and kind not in FREE else KINDS[kind]
     if phase:
         return f"{PHASES[phase]} after step {steps}"
     return f"{KINDS[kind]} of step {steps + 1}" if kind in (GRADIENTS, MODELS) else f"{KINDS[kind]} after step {steps}"

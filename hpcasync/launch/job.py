@@ -18,10 +18,12 @@ from typing import Any
 from hpcasync.errors import UsageError
 from hpcasync.launch.library import Library
 from hpcasync.launch.processes import SHARED, TOKEN, Ledger, end, processes, ranks, segments, send
-from hpcasync.train.launched import FOLDER, RESTARTED, SURVIVE, TRAINING, Death, death, noted_deaths
+from hpcasync.launched import FOLDER, RESTARTED, SURVIVE, TRAINING, Death, aborted_with, death, noted_deaths
 from hpcasync.train.signals import EXIT_CODE
 
 LOOK_SECONDS = 0.2
+SPEAK_SECONDS = 10.0
+"""So long rank 0 has to say what is wrong and to end, where another rank ends with an error before there is a run."""
 PER_RANK = 6 << 20
 """Bytes of /dev/shm that a rank needs before any window: MPICH 5.0.2 takes 5.2 MB for each, and dies with SIGBUS without."""
 
@@ -98,7 +100,7 @@ class Job:
                     signal.signal(number, handler)
 
     def _watch(self, process: subprocess.Popen[bytes], folder: Path, ledger: Ledger) -> int:
-        looked = 0.0
+        looked, first_lost = 0.0, 0.0
         while process.poll() is None:
             time.sleep(LOOK_SECONDS)
             if self._received and not self._passed_on:
@@ -109,17 +111,21 @@ class Job:
             died = _ended(folder) if self._survive else {}
             lost = [r for r, code in died.items() if code and (r == 0 or not (folder / TRAINING).exists())]
             if lost:  # the host of the window, or too early for the others to do without
-                return died[lost[0]]
-        code = process.returncode
+                first_lost = first_lost or time.monotonic()
+                if died.get(0) or time.monotonic() - first_lost > SPEAK_SECONDS:
+                    return died[min(lost)]
+        code, aborted = process.returncode, aborted_with(folder)
+        if aborted is not None:  # MPICH's mpiexec may tell the end of a rank that it has killed itself
+            return aborted
         if self._survive and code in (0, 141, -signal.SIGPIPE):  # the wrappers' codes say nothing; mpiexec may end of SIGPIPE
             return _ended(folder).get(0, 1)
         return 128 - code if code < 0 else code
 
     def _find_deaths(self, folder: Path) -> list[Death]:
         found = {of["rank"]: of for of in noted_deaths(folder)}
-        # Where the end of one ends all, only the first one was killed by somebody else.
+        # Where the end of one ends all, only the first one was killed by somebody else; an abort kills all.
         pages = folder.glob("rank-*[0-9]") if self._survive else folder.glob("first")
-        for page in pages:
+        for page in pages if aborted_with(folder) is None else ():
             words = page.read_text().split()
             rank, code = (int(page.name[5:]), int(words[0])) if self._survive else (int(words[0]), int(words[1]))
             if code > 128 and rank not in found:

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from hpcasync.backoff import Backoff
+from hpcasync.comm.signs import BOUND, LOCK, TURN, Signs
 from hpcasync.rules import Rule
 from hpcasync.rules.base import NO_VECTORS
 from hpcasync.stats import Staleness
@@ -42,6 +43,7 @@ class Worker:
         private: float32 (private vectors of the rule, elements), its own vectors.
         staleness: histogram over all pushes of shards.
         waited: seconds spent waiting for locks and for slower workers.
+        signs: where to tell what it waits for; None for nobody.
     """
 
     def __init__(self, index: int, shards: int, workers: int, private: np.ndarray | None = None) -> None:
@@ -55,8 +57,21 @@ class Worker:
         self.staleness = Staleness()
         self.waited = 0.0
         self.observer: Observer | None = None
+        self.signs: Signs | None = None
+        self._before: int | None = None
         # Workers begin at different shards, so that they do not queue behind each other.
         self.first = index * shards // workers
+
+    def waits(self, kind: int) -> None:
+        """Tell that it waits for something of ``hpcasync.comm.signs.KINDS``, until it ``goes_on``."""
+        if self.signs is not None and self._before is None:
+            self._before = self.signs.begin(kind)
+
+    def goes_on(self) -> None:
+        """Tell that it waits no longer."""
+        if self.signs is not None and self._before is not None:
+            self.signs.end(self._before)
+            self._before = None
 
 
 class StalledCallback(Protocol):
@@ -348,6 +363,7 @@ class Store:
         while todo:
             k = todo.popleft()
             if self.try_lock(k, worker.index):
+                worker.goes_on()
                 try:
                     work(k, self.layout.shards[k])
                 finally:
@@ -357,8 +373,13 @@ class Store:
             todo.append(k)
             misses += 1
             if misses >= len(todo):  # every shard left is held by somebody else
+                worker.waits(LOCK)
                 worker.waited += backoff.pause()
                 misses = 0
+
+    def holders(self) -> list[int]:
+        """The workers that hold a shard's lock just now, where that can be told."""
+        return []
 
     # Rounds (rules in turn): a worker's clock is the round that it has its next turn in.
 
@@ -418,12 +439,14 @@ class Store:
                 continue
             if not hold:
                 return False
+            worker.waits(TURN)
             worker.waited += backoff.pause()
             if stalled is not None and now - told > every:
                 told = now
                 slow = (self.clocks < self.clocks[worker.index]) & (self.excused == 0)
                 stalled(now - worker.refused, np.flatnonzero(slow).tolist())
         worker.refused = None
+        worker.goes_on()
         return True
 
     # Bounded staleness.
@@ -443,6 +466,7 @@ class Store:
             return False
         began = last = time.perf_counter()
         backoff = Backoff()
+        worker.waits(BOUND)
         while self._ahead(worker) > bound:
             worker.waited += backoff.pause()
             now = time.perf_counter()
@@ -450,6 +474,7 @@ class Store:
                 last = now
                 slow = np.flatnonzero(self.clocks < self.clocks[worker.index] - bound)
                 stalled(now - began, slow.tolist())
+        worker.goes_on()
         return True
 
     def _ahead(self, worker: Worker) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from hpcasync.backoff import Backoff
 from hpcasync.comm.agree import raise_together
 from hpcasync.comm.progress import PROBES, ProgressThread, Watcher
+from hpcasync.comm.signs import ANSWER
 from hpcasync.comm.world import World
 from hpcasync.kernels import GRADIENTS, PLAN
 from hpcasync.kernels.atomic import put
@@ -255,7 +256,9 @@ class RemoteStore(Store):
     ) -> None:
         own_copy = self.rule.own_copy
         if worker.steps % self.rule.every == 0:
+            worker.waits(ANSWER)
             self._push_everywhere(worker, grads, out, hypers)
+            worker.goes_on()
         if own_copy:
             self._step_alone(worker, grads, out, hypers)
         worker.steps += 1
@@ -377,6 +380,7 @@ class RemoteStore(Store):
 
     def pull(self, worker: Worker, out: np.ndarray) -> None:
         asked: list[int] = []
+        worker.waits(ANSWER)
         for wave in self._waves(worker):
             for _ in range(TRIES):
                 moving = self._read_between(wave, [out])
@@ -397,6 +401,7 @@ class RemoteStore(Store):
             with _Sub(self, worker, i) as sub:
                 part.pull(sub, out[part.port.start : part.port.stop])
         self._collect_all(worker, out)
+        worker.goes_on()
 
     def _read_between(self, shards: Sequence[int], rows: Sequence[np.ndarray]) -> list[int]:
         """Read the shards' first rows of the state between two reads of their sequences; returns those that changed."""

@@ -141,6 +141,10 @@ class WindowStore(Store):
                 exchange(self._words, LINE * k + LOCK, worker + 1, 0)
         return found
 
+    def holders(self) -> list[int]:
+        owners = self._words[: LINE * len(self.layout.shards) : LINE]
+        return sorted({int(owner) - 1 for owner in owners if owner})
+
     def regroup(self, world: World) -> None:
         """Go on among these ranks, of which some may die: the window is left to the process's end, freeing is collective."""
         self._world, self._outlives = world, True

@@ -84,14 +84,14 @@ class Free(Agreement):
 
     def decide(self, due: bool, end: bool = False) -> Decision:
         with self.mode.share.phase("wait"):
-            wait(self._comm.Ibarrier(), self._while_waiting)
+            self.world.within(wait, self._comm.Ibarrier(), self._while_waiting)
         due = due and self.world.rank == 0
-        found = self._comm.allgather((bool(signals.received()), due, end))
+        found = self.world.within(self._comm.allgather, (bool(signals.received()), due, end))
         self._meeting += 1
         return _decision(found)
 
     def close(self) -> None:
-        self._comm.Barrier()  # what was said has arrived
+        self.world.within(self._comm.Barrier)  # what was said has arrived
         self._hear(self.ASK)
         self._hear(self.CALL)
         self._comm.Free()
@@ -137,7 +137,7 @@ class Outliving(Agreement):
     def decide(self, due: bool, end: bool = False) -> Decision:
         own = bool(signals.received()), due and self.world.rank == 0, end
         with self.mode.share.phase("wait"):
-            found = self._survival.star.allgather(own, self._while_waiting)
+            found = self.world.within(self._survival.star.allgather, own, self._while_waiting)
         self._meeting += 1
         return _decision(found)
 

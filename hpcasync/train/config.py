@@ -84,7 +84,7 @@ OPTIONS = (
            "(default: at the end of every epoch)"),
     Option("keep", int, 2, "checkpoints that are kept, the newest ones"),
     Option("stall_seconds", int, 600, "when no rank has moved for so long, name the ones that hang, save, and end with exit "
-           "code 76; 0: wait for ever", ("sync", "kstep")),
+           "code 76, or under launch --survive go on without them; 0: wait for ever", ("sync", "kstep", "async")),
     Option("resume", str, None, "auto: from the newest good checkpoint in --output, if there is one; or a checkpoint's path"),
     Option("record", bool, False, "record every step, for replay and timeline; runs of mode async can be replayed bit for bit"),
     Option("live", bool, False, "a view of all ranks on a terminal, also through mpiexec; elsewhere plain lines"),

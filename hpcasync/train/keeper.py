@@ -36,6 +36,7 @@ class Keeper:
         restarts: how often the run has been resumed.
         reset: what was reset then.
         newest: the last checkpoint written.
+        folder: where they lie.
     """
 
     def __init__(self, run: Run, folder: RunFolder | None) -> None:
@@ -43,7 +44,7 @@ class Keeper:
         self._every, self._keep = run.config.checkpoint_every, run.config.keep
         self._agreement = make_agreement(run.mode, run.survival)
         self._warned = False
-        self._path = Path(run.world.gather(str(folder.path) if folder is not None else "")[0])
+        self.folder = Path(run.world.gather(str(folder.path) if folder is not None else "")[0])
         self.resumed_from, self.restarts, self.newest = "", 0, ""
         self.reset: tuple[str, ...] = ()
         if folder is not None:
@@ -107,7 +108,7 @@ class Keeper:
         states = {name: part.state_dict() for name, part in self._parts().items() if part is not run}
         whole = run.step == len(run.batches)
         states["loader"] |= {"epoch": run.epoch - 1 + whole, "batch": 0 if whole else run.step}
-        path = next_checkpoint(self._path)
+        path = next_checkpoint(self.folder)
         save_alone(path, run.mode, states | {"run": run.state_dict(alone=True)}, self._facts())
         return path
 
@@ -115,8 +116,9 @@ class Keeper:
         return self._run.together(lambda: self._meet_once(due, end))
 
     def _meet_once(self, due: bool, end: bool) -> Decision:
-        with idle(self._run.mode):
-            with self._run.span(Event.MEET):
+        run = self._run
+        with idle(run.mode), run.world.phase("the meeting at the end of an epoch" if end else "a checkpoint"):
+            with run.span(Event.MEET):
                 decision = self._agreement.decide(due, end)
             if decision.save:
                 self._save(must=decision.stop)
@@ -168,7 +170,7 @@ class Keeper:
             "config": run.config.keys(),
             "data": run.dataset.header.checksum,
             "position": {"epoch": run.epoch, "step": run.step, "steps": run.steps},
-            "rows": self._folder.rows if self._folder is not None else read_rows(self._path),
+            "rows": self._folder.rows if self._folder is not None else read_rows(self.folder),
             "restarts": self.restarts,
             "deaths": run.deaths,
             "dead": len(run.deaths) - len(run.earlier_deaths),

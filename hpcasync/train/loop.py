@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from hpcasync import launched
 from hpcasync.comm import World, agree, init, raise_together
 from hpcasync.data import Dataset, Loader
 from hpcasync.errors import UsageError
@@ -22,7 +23,7 @@ from hpcasync.modes import Async, Guided, Mode, Sync
 from hpcasync.modes.recorder import Event
 from hpcasync.rules import make_rule
 from hpcasync.stats import Staleness
-from hpcasync.train import launched, signals
+from hpcasync.train import signals
 from hpcasync.train.checkpoint_ranks import Reading, read_ranks
 from hpcasync.train.config import TrainConfig
 from hpcasync.train.evaluate import evaluate
@@ -112,7 +113,7 @@ def _train(
         if config.resume is not None:
             rows = source.facts["rows"] if source is not None else []
             _together(world, lambda: folder.begin(rows) if folder is not None else None)
-        watch_run(mode, keeper)
+        watch_run(mode, keeper, survival)
         if config.record:
             try:
                 run.begin_record(path, keeper)

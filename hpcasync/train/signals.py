@@ -9,7 +9,7 @@ import signal
 import threading
 from types import FrameType
 
-from hpcasync.train import launched
+from hpcasync import launched
 
 STOPPING = (signal.SIGUSR1, signal.SIGTERM)
 

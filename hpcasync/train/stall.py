@@ -1,4 +1,4 @@
-"""What a stalled job does in modes sync and kstep: it names the ranks that hang, saves what it has, and ends."""
+"""What a stalled job does: it names the ranks that hang, saves what it has, and ends; or goes on without them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from types import TracebackType
 from torch.utils.hooks import RemovableHandle
 
 from hpcasync.comm import World
-from hpcasync.comm.signs import GRADIENTS, MODELS
+from hpcasync.comm.signs import BOUND, GRADIENTS, LOCK, MODELS, TURN
 from hpcasync.comm.stall import Watch
 from hpcasync.comm.watched import WatchedCollectives
 from hpcasync.errors import UsageError
-from hpcasync.modes import KStep, Mode, Sync
+from hpcasync.launched import note_hung
+from hpcasync.modes import Async, KStep, Mode, Sync
+from hpcasync.proc import started
+from hpcasync.store import IDLE
 from hpcasync.train.checkpoint import Stateful, save_alone
 from hpcasync.train.config import TrainConfig
 from hpcasync.train.keeper import Keeper
-from hpcasync.train.launched import note_hung
+from hpcasync.train.survive import Survival
 
 
 class StallWatch:
@@ -92,7 +95,7 @@ class StallWatch:
 @contextmanager
 def watched(config: TrainConfig, world: World) -> Iterator[World]:
     """The same ranks, watched inside as ``config`` says. Collective."""
-    if world.size == 1 or not config.stall_seconds or config.mode not in ("sync", "kstep"):
+    if world.size == 1 or not config.stall_seconds or config.mode == "hierarchical":
         yield world
         return
     watch = Watch(world, config.stall_seconds)
@@ -102,10 +105,13 @@ def watched(config: TrainConfig, world: World) -> Iterator[World]:
         watch.close()
 
 
-def watch_run(mode: Mode, keeper: Keeper) -> None:
-    """Where the world of ``mode`` is watched: from here on there is a run to be saved."""
+def watch_run(mode: Mode, keeper: Keeper, survival: Survival | None = None) -> None:
+    """Where the world of ``mode`` is watched: from here on there is a run to be saved. Collective."""
     watch = mode.everyone.watch
     if watch is None:
+        return
+    if isinstance(mode, Async):
+        _begin_free(watch, mode, keeper, survival)
         return
     assert isinstance(mode, (Sync, KStep))
 
@@ -122,6 +128,30 @@ def _begin(watch: Watch, mode: Sync | KStep, save: Callable[[], str]) -> Removab
     mode.collectives = WatchedCollectives(mode.collectives, watch.signs, kind)
     watch.begin(mode.steps, save, note_hung)
     return mode.register_step_post_hook(lambda *_: watch.signs.stepped())
+
+
+def _begin_free(watch: Watch, mode: Async, keeper: Keeper, survival: Survival | None) -> None:
+    """The same for mode async: ranks wait for a holder of a lock, for a turn, for the bound on staleness, or in a meeting."""
+    store, signs = mode.store, watch.signs
+    processes = mode.everyone.gather((os.getpid(), started(os.getpid())))
+
+    def guilty(kind: int, missing: list[int]) -> list[int]:
+        if kind == LOCK:
+            return [rank for rank in store.holders() if rank in missing]
+        if kind in (TURN, BOUND):
+            slow = [r for r in missing if store.clocks[r] != IDLE and not (kind == TURN and store.excused[r])]
+            return [r for r in slow if store.clocks[r] == store.clocks[slow].min()]
+        return missing
+
+    def save() -> str:
+        newest = keeper.newest or keeper.resumed_from
+        which = f"The newest checkpoint is {newest}, go on with --resume auto" if newest else "No checkpoint has been made yet"
+        return f"{which} --output {keeper.folder}." if newest else f"{which}."
+
+    fence = None if survival is None else lambda ranks: survival.fence({rank: processes[rank] for rank in ranks})
+    watch.begin(mode.steps, save, note_hung, guilty, fence)
+    mode._worker.signs = signs
+    mode.register_step_post_hook(lambda *_: signs.stepped())
 
 
 def _saved(mode: Sync | KStep, path: Path) -> str:

@@ -16,20 +16,28 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hpcasync import launched
 from hpcasync.comm import World, failure
+from hpcasync.comm.collectives import Collectives
 from hpcasync.comm.collectives.over_star import OverStar
+from hpcasync.comm.fence import fence
 from hpcasync.comm.shared_memory import shared_rows
 from hpcasync.comm.star import RankDied, Star
+from hpcasync.comm.watched import WatchedCollectives
 from hpcasync.errors import UsageError
 from hpcasync.modes import Async, Mode
 from hpcasync.modes.state import idle
 from hpcasync.store import Torn, WindowStore
-from hpcasync.train import launched, signals
+from hpcasync.train import signals
 
 T = TypeVar("T")
 
-EPOCH, STEP, SAMPLES, UPDATES, CALL = range(5)
-"""Words of a rank's row of the board; ``CALL``, in the first row, is of all: the meeting that they are called to."""
+EPOCH, STEP, SAMPLES, UPDATES, CALL, FENCED, GONE, LEAVING = range(8)
+"""Words of a rank's row of the board; ``CALL``, in the first row, is of all: the meeting that they are called to. ``FENCED``: the
+others have killed it, since it hung; ``GONE``: it is dead; ``LEAVING``: it ends with an error that all have found."""
+WORDS = 8
+MEET_SECONDS = 10.0
+"""How long a rank that leaves with an error waits for the others to do the same."""
 
 
 class Survival:
@@ -65,7 +73,7 @@ class Survival:
             )
         assert isinstance(mode.store, WindowStore)
         self._mode, self._store, self._first = mode, mode.store, world
-        self._board = shared_rows(world, 8 * (CALL + 1))[:, : 8 * (CALL + 1)].view(np.int64)
+        self._board = shared_rows(world, 8 * WORDS)[:, : 8 * WORDS].view(np.int64)
         self._own = self._board[world.rank]
         self.deaths: list[dict[str, Any]] = []
         self.torn: list[Torn] = []
@@ -74,6 +82,7 @@ class Survival:
         self.star = Star(world.comm, self._bury)
         self.world = world
         self._renumber()
+        failure.meet_by(self._all_leave)
         atexit.register(self._leave)
 
     # While the ranks train.
@@ -82,13 +91,32 @@ class Survival:
         """How far this rank has come, for when it is dead."""
         self._own[:CALL] = epoch, step, samples, updates
 
+    def fence(self, processes: dict[int, tuple[int, str]]) -> bool:
+        """End ranks that hang, by their process ids and when those were ``born``; False where the others can't go on so.
+
+        A process that does not end although it was killed is waiting in the kernel, for a disk.
+        """
+        if 0 in processes or self._board[list(processes), FENCED].any():
+            return False
+        self._board[list(processes), FENCED] = 1
+        for process, when in processes.values():
+            fence(process, when)
+        return True
+
     def _bury(self, rank: int, when: float) -> None:
         """On rank 0, at once, perhaps in a thread: nobody may wait for the dead rank's lock, clock or turn."""
+        self._board[rank, GONE] = 1
+        if self._board[rank, LEAVING]:
+            return
         torn = self._store.bury(rank)
         shards = [of.shard for of in torn]
         self.torn += torn
         epoch, step, samples, updates = self._board[rank, :CALL].tolist()
         done = {"epoch": epoch, "step": step, "samples": samples, "updates": updates, "shards": shards}
+        if self._board[rank, FENCED]:
+            done["cause"] = "hung, and was killed for it"
+        if self._first.watch is not None:
+            self._first.watch.signs.bury(rank)
         self._buried[rank] = {"rank": rank, "time": when} | done
         launched.note_death(self._buried[rank])
         if self.told is not None:
@@ -143,16 +171,33 @@ class Survival:
     def _renumber(self) -> None:
         star = self.star
         here: dict[str, Any] = {"rank": star.rank, "local_rank": star.rank, "size": star.size, "local_size": star.size}
-        self.world = replace(self._first, **here, comm=star, node_comm=star, leaders=None, collectives=OverStar(star))
+        over: Collectives = OverStar(star)
+        if self._first.watch is not None:
+            over = WatchedCollectives(over, self._first.watch.signs)
+        self.world = replace(self._first, **here, comm=star, node_comm=star, leaders=None, collectives=over)
         self._mode.world = self._mode.everyone = self.world
         self._store.regroup(self.world)
 
     def _leave(self) -> None:
-        """At the process's end: MPI's own good-bye would wait for the dead. An error still ends the job as ever."""
+        """At the process's end: MPI's own good-bye would wait for the dead. An error of some ranks still ends the job as ever."""
         code = failure.exit_code()
-        if code in (0, signals.EXIT_CODE):
+        fine = code in (0, signals.EXIT_CODE)
+        if fine:
             self.together(self.star.Barrier)  # all are done: the launcher ends the job with rank 0
-            sys.stdout.flush()
-            sys.stderr.flush()
+        elif not self._all_leave():
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if fine:
             self.star.outlast()  # else rank 0 would take an end for a death
-            os._exit(code)
+        os._exit(code)
+
+    def _all_leave(self) -> bool:
+        """Whether all that live leave with an error within ``MEET_SECONDS``."""
+        self._own[LEAVING] = 1
+        deadline = time.monotonic() + MEET_SECONDS
+        while not (self._board[:, LEAVING] | self._board[:, GONE]).all():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True

@@ -154,6 +154,16 @@ def test_a_rank_of_another_node(two_hosts: HostsRun) -> None:
     assert newest(folder / "run").exists()
 
 
+@pytest.mark.parametrize("lane", ["mpich"], indirect=True)
+def test_a_rank_of_another_node_whose_answer_is_missing(two_hosts: HostsRun) -> None:
+    folder = two_hosts.folder
+    (folder / "mynet.py").write_text(MODEL)
+    argv = ["--mode", "async", "--epochs", "2", "--stall-seconds", "3", "--output", str(folder / "run")]
+    said = hung(two_hosts, argv, [[2, True, 4, 1.5], [2, True, 9, "stop"]], 4, PYTHONPATH=f"{REPO}:{folder}")
+    assert re.search(r"rank 2 \(process \d+ on n2\): no sign of life from there", said)
+    assert "No checkpoint has been made yet" in said
+
+
 def _stop(*paths: Path, seconds: float | None = None) -> None:
     """Stop the processes whose numbers these files hold, as soon as they are there; let them go on after so many seconds."""
     deadline = time.monotonic() + 60

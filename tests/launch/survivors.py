@@ -12,9 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.mpi import COMMON_ENV, Lane
-
-MARK = "HPCASYNC_TEST_JOB"
+from tests.mpi import COMMON_ENV, TOKEN, Lane, processes_of
 
 
 class SurvivingJob:
@@ -35,7 +33,7 @@ class SurvivingJob:
         self.output, self._mark = output, uuid.uuid4().hex
         train = ["train", "--threads", "1", "--output", output, "--json", *words]
         command = [lane.python, "-m", "hpcasync", "launch", "-n", ranks, *before, "--", *train]
-        variables = os.environ | COMMON_ENV | (env or {}) | {MARK: self._mark}
+        variables = os.environ | COMMON_ENV | (env or {}) | {TOKEN: self._mark}
         self.process = subprocess.Popen(
             [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables
         )
@@ -51,17 +49,16 @@ class SurvivingJob:
     def pids(self) -> dict[int, int]:
         """Process ids of the living ranks."""
         found = {}
-        for entry in Path("/proc").iterdir():
+        for pid in processes_of(self._mark):
             try:
-                lines = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
-                variables = dict(line.split(b"=", 1) for line in lines if b"=" in line)
-                if variables.get(MARK.encode()) != self._mark.encode() or not (entry / "comm").read_text().startswith("python"):
-                    continue
-                rank = variables.get(b"PMI_RANK", variables.get(b"OMPI_COMM_WORLD_RANK"))
-            except OSError:
+                lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                shell = not Path(f"/proc/{pid}/comm").read_text().startswith("python")
+            except OSError:  # it ended just now
                 continue
-            if rank is not None:
-                found[int(rank)] = int(entry.name)
+            variables = dict(line.split(b"=", 1) for line in lines if b"=" in line)
+            rank = variables.get(b"PMI_RANK", variables.get(b"OMPI_COMM_WORLD_RANK"))
+            if rank is not None and not shell:
+                found[int(rank)] = pid
         return found
 
     def send(self, rank: int, number: int = signal.SIGKILL) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,80 @@ def test_the_window_dies_with_its_host(lane: Lane, tmp_path: Path) -> None:
         code, result, err = job.end()
     assert code == 0, err
     assert "restart 1 of 1" in err and result["restarts"] == 1 and result["updates"] == 40 * 360
+
+
+# Rank 2 is stopped for ever at its 20th step, inside the update of a shard or while it computes.
+STOPS = """
+import os, signal, torch, hpcasync
+from hpcasync.store.base import Store
+
+def stop(calls):
+    calls.append(1)
+    if hpcasync.init().rank == 2 and len(calls) == 20:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+def in_lock(shape, classes):
+    inside, calls = Store._push_shard, []
+
+    def push(self, *args):
+        stop(calls)
+        return inside(self, *args)
+
+    Store._push_shard = push
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
+
+def in_step(shape, classes):
+    model, calls = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes)), []
+    model.register_forward_pre_hook(lambda *_: stop(calls))
+    return model
+"""
+STALL = ("--stall-seconds", "5")
+
+
+def stopping(folder: Path) -> dict[str, str]:
+    """The variables with which `stops` is found."""
+    (folder / "stops.py").write_text(STOPS)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def test_a_rank_stopped_inside_a_lock_is_fenced(lane: Lane, tmp_path: Path) -> None:
+    words = ("--model", "stops:in_lock", *STALL, "--epochs", "3")
+    with SurvivingJob(lane, tmp_path / "run", *words, env=stopping(tmp_path)) as job:
+        code, result, err = job.end()
+    assert code == 0, err
+    assert "for a shard's lock that rank 2 holds" in err and "stopped by a signal or a debugger" in err
+    assert "killed, so as not to wake and write" in err and "rank 2 died at" in err
+    (death,) = result["deaths"]
+    assert death["rank"] == 2 and death["shards"] and death["cause"].startswith("hung") and result["ranks"] == 3
+    updates_are_whole(tmp_path / "run", result["deaths"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (("--rule", "asgd"), "rank 2 has not come to the meeting at the end of an epoch"),
+        (("--rule", "asgd", "--staleness", "0"), "rank 2, behind the bound on staleness"),
+        (("--rule", "gsgm", "--patience", "1000"), "a turn that rank 2 does not take"),
+    ],
+    ids=("meeting", "bound", "turn"),
+)
+def test_a_stopped_rank_is_fenced_when_it_is_waited_for(rule: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    words = ("--model", "stops:in_step", *STALL, "--epochs", "3", *rule)
+    with SurvivingJob(require_lane("mpich"), tmp_path / "run", *words, env=stopping(tmp_path)) as job:
+        code, result, err = job.end()
+    assert code == 0 and says in err, err
+    assert [(death["rank"], death["shards"]) for death in result["deaths"]] == [(2, [])]
+
+
+def test_a_stopped_rank_ends_a_job_that_is_not_to_outlive_it(lane: Lane, tmp_path: Path) -> None:
+    """It is named; a restart leaves it out."""
+    words = ("--model", "stops:in_lock", *STALL, "--epochs", "3", "--checkpoint-every", "10")
+    before = ("--max-restarts", "1", "--min-ranks", "2")
+    with SurvivingJob(lane, tmp_path / "run", *words, ranks=3, before=before, env=stopping(tmp_path)) as job:
+        code, result, err = job.end()
+    assert code == 0, err
+    assert "for a shard's lock that rank 2 holds" in err and "The job ends with exit code 76" in err
+    assert "of rank 2 (hung at " in err and "with 2 of 3 ranks" in err and result["ranks"] == 2
 
 
 def test_an_error_still_ends_the_job(lane: Lane, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_defaults_depend_on_the_mode() -> None:
         ({"data": 5}, "a text"),
         ({"mode": "sync", "staleness": 3}, "belongs to mode async"),
         ({"every": 3}, "belongs to mode kstep"),
-        ({"stall_seconds": 5}, "belongs to mode sync, kstep"),
+        ({"mode": "hierarchical", "stall_seconds": 5}, "belongs to mode sync, kstep, async"),
         ({"mode": "sync", "stall_seconds": -1}, "expected a whole number >= 0"),
         ({"warmup": 3}, "unknown option 'warmup'"),
         ({"slow": "1:2"}, "a list of texts"),

@@ -18,6 +18,7 @@ FOLDER = "HPCASYNC_LAUNCH_FOLDER"
 """Where ranks leave word: each its exit code, rank 0 that the others may die from now on, and who has died."""
 TRAINING = "training"
 DEATH = "death-"
+ABORTED = "aborted"
 
 Death = dict[str, Any]
 """Of a rank that was killed or hung: ``rank`` (its number in that start of the job), ``time`` (seconds since 1970), ``samples``,
@@ -37,6 +38,22 @@ def restarted() -> bool:
 def now_training() -> None:
     """Tell the launcher that the job goes on without a rank that dies from now on."""
     (Path(os.environ[FOLDER]) / TRAINING).touch()
+
+
+def note_abort(code: int) -> None:
+    """Tell the launcher, if there is one, that the whole job ends now with this code; the first one counts."""
+    folder = os.environ.get(FOLDER)
+    if folder:
+        with contextlib.suppress(OSError), open(Path(folder) / ABORTED, "x") as file:
+            file.write(str(code))
+
+
+def aborted_with(folder: Path) -> int | None:
+    """What was noted there; None if nothing was."""
+    try:
+        return int((folder / ABORTED).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def death(rank: int, when: float, cause: str) -> Death:
