@@ -342,8 +342,7 @@ class Run:
         inside = self.inside.row()
         if inside:
             self.row["inside"] = inside
-        if self.folder is not None:
-            self.folder.add(self.row)
+        _together(world, lambda: self.folder.add(self.row) if self.folder is not None else None)
         self.progress.evaluated(self.row, totals[0] / seconds)
 
     def state_dict(self, *, alone: bool = False) -> dict[str, Any]:

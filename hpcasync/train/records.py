@@ -72,13 +72,15 @@ class RunFolder:
         self.lock.release()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Record one evaluation."""
-        self.rows.append(row)
+        """Record one evaluation. Of an epoch that has one it is left out: the meeting was begun again after a rank's death."""
+        if self.rows and self.rows[-1]["epoch"] == row["epoch"]:
+            return
         try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(to_json(row) + "\n")
         except OSError as error:
             raise UsageError(f"can't write {self.path / 'metrics.jsonl'}: {error.strerror}") from error
+        self.rows.append(row)
 
     def finish(self, result: dict[str, Any], ranks: list[dict[str, Any]], config: TrainConfig, world: World) -> None:
         """Write ``run.h5`` and ``result.json``.

@@ -92,7 +92,7 @@ class Survival:
         self._own[:CALL] = epoch, step, samples, updates
 
     def fence(self, processes: dict[int, tuple[int, str]]) -> bool:
-        """End ranks that hang, by their process ids and when those were ``born``; False where the others can't go on so.
+        """End ranks that hang, by their process ids and when those ``started``; False where the others can't go on so.
 
         A process that does not end although it was killed is waiting in the kernel, for a disk.
         """
