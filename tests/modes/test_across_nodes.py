@@ -42,6 +42,24 @@ for name in RULES:
         assert result["test_accuracy"] > 0.4, result  # easgd is slow to begin; chance is 0.1
 """
 
+UNEQUAL = """
+# Every mode by the command line's code. One core for each node's ranks: too few for three, enough for one.
+import contextlib, io, os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from hpcasync.cli import main
+world = ha.init()
+assert world.gather(world.local_size) == [3, 3, 3, 1]
+for words in (
+    "async", "hierarchical --every 8 --block-momentum 0.5 --delay 2", "sync", "sync --collectives window",
+    "kstep --every 8 --collectives window",
+):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        folder = f"{sys.argv[1]}/{words}"
+        code = main(["train", "--model", "logistic", "--epochs", "1", "--output", folder, "--mode", *words.split()])
+    assert code == 0, words
+"""
+
 SYNC = """
 # Sync and kstep: as on one node, the same bits on all ranks; sync is one step on the whole batch.
 world = ha.init()
@@ -123,6 +141,12 @@ def state(staleness: str, hosts: str = "") -> str:
 def test_unequal_ranks_per_node(two_hosts: HostsRun) -> None:
     two_hosts.ranks = [3, 1]
     run(two_hosts, 4, state("3"))
+
+
+def test_unequal_ranks_per_node_in_every_mode(two_hosts: HostsRun, tmp_path: Path) -> None:
+    """Where one node's ranks have a core each and the other's have not."""
+    two_hosts.ranks = [3, 1]
+    run(two_hosts, 4, UNEQUAL, args=[tmp_path])
 
 
 def test_host_ranks(two_hosts: HostsRun) -> None:

@@ -139,13 +139,13 @@ class MPICollectives:
     Args:
         comm: mpi4py communicator; this object works on duplicates of it.
         polite: give the core away while waiting, for when there are more ranks than cores: MPI's own wait spins, and
-            keeps the rank that everybody waits for from running.
+            keeps the rank that everybody waits for from running. If one rank is to, all are: they make the same MPI calls.
     """
 
     def __init__(self, comm: Any, *, polite: bool = False) -> None:
         from mpi4py import MPI
 
-        self.polite = polite
+        self.polite = polite = bool(comm.allreduce(polite, op=MPI.LOR))
         self._comm = comm.Dup()
         # A communicator of its own: the segments in the line begin later than they were asked for.
         self._sums = comm.Dup()
