@@ -86,4 +86,5 @@ def earlier_deaths(known: list[Death]) -> list[Death]:
     """``known`` of the checkpoint, and those of earlier starts that it does not know: it is older, and counts their work."""
     told: list[Death] = json.loads(os.environ.get(RESTARTED, "[]"))
     there = {(of["rank"], of["time"]) for of in known}
-    return known + [of | {"samples": 0, "updates": 0} for of in told if (of["rank"], of["time"]) not in there]
+    unknown = [of for of in told if (of["rank"], of["time"]) not in there]
+    return known + [death(of["rank"], of["time"], of.get("cause", "died")) for of in unknown]

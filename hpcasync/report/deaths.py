@@ -1,4 +1,4 @@
-"""Ranks that died while the others went on, in sentences."""
+"""Ranks that died, in sentences."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def death_sentences(deaths: Sequence[Mapping[str, Any]], config: Mapping[str, An
     """Per death who, when and where, what was given free, and who has its data now.
 
     Args:
-        deaths: as ``hpcasync.train.survive`` keeps them.
+        deaths: as ``hpcasync.train.survive`` keeps them, or ``hpcasync.launched``: those after which the job was started again.
         config: of the run, as far as it is known.
         began: the first step, seconds since 1970; None if that is not known.
     """
@@ -25,6 +25,12 @@ def death_sentences(deaths: Sequence[Mapping[str, Any]], config: Mapping[str, An
     for death in deaths:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(death["time"]))
         after = f" ({death['time'] - began:.1f} s after the first step)" if began is not None else ""
+        if "epoch" not in death:
+            sentences.append(
+                f"Rank {death['rank']} died at {when}{after}: {death['cause']}. The job was started again afterwards, from a "
+                "checkpoint that counts what the rank had done."
+            )
+            continue
         locks = [f"the lock of shard {k}, whose last update may be applied in part" for k in death["shards"]]
         free = ", ".join(locks + waited_for) or "nothing that others waited for"
         if death["epoch"] == config.get("epochs"):
