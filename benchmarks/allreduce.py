@@ -1,8 +1,9 @@
 """Every collective backend in one run: the sum of one buffer over the ranks of this node.
 
 `window` and `mpi` are ours, `one MPI call` is MPI_Allreduce of the whole buffer, `gloo` is torch.distributed, `Horovod` takes
-part where it is built. A round's time is that of the slowest rank. `copy` is one np.copyto of the buffer by every rank at once:
-what the memory needs to read and write each byte once.
+part where it is built, in processes of its own: its background thread takes cores from whatever is timed beside it. A round's
+time is that of the slowest rank. `copy` is one np.copyto of the buffer by every rank at once: what the memory needs to read and
+write each byte once.
 
 With more ranks than cores also the seconds that a late rank computes, while the others wait for it in a sum: by `mpi`, by one
 MPI call, or asleep. What is above 1 they take from the rank that they wait for.
@@ -12,6 +13,7 @@ MPI call, or asleep. What is above 1 they take from the rank that they wait for.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -30,6 +32,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, metavar="MB", help="default: 4 16 64 256")
     parser.add_argument("--ranks", nargs="+", type=int, help="default: 2 4")
     parser.add_argument("--openmpi", action="store_true")
+    parser.add_argument("--part", choices=("all", "horovod"), default="all", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args)
@@ -40,10 +43,26 @@ def main() -> None:
     about = begin("allreduce")
     sizes = args.sizes or ([1] if args.quick else [4, 16, 64, 256])
     rounds = args.rounds or (5 if args.quick else 15)
-    rows = []
+    report = Report()
+    words = ["--rounds", str(rounds), "--sizes", *map(str, sizes)]
     for ranks in args.ranks or ([2] if args.quick else [2, 4]):
-        rows += launch(ranks, ["--rounds", str(rounds), "--sizes", *map(str, sizes)])
-    finish(args, "allreduce", about, rows)
+        found = launch(ranks, words)
+        for name, times in launch(ranks, [*words, "--part", "horovod"])[0].items():
+            found[0][name] |= times
+        for name, times in found[0].items():
+            case(report, ranks, name, {side: np.array(values) for side, values in times.items()})
+    finish(args, "allreduce", about, report.rows)
+
+
+def case(report: Report, ranks: int, name: str, times: dict[str, np.ndarray]) -> None:
+    """The sums of a size, or a late rank."""
+    if name == "late":
+        asleep, *others = times
+        report.case({"ranks": ranks, "late": "the last"}, times, [Ratio(other, asleep) for other in others])
+        return
+    ratios = [Ratio("window", other, FASTER) for other in ("one MPI call", "Horovod", "gloo") if other in times]
+    ratios += [Ratio("window", "mpi", 1.0), Ratio("mpi", "one MPI call"), Ratio("window", "copy")]
+    report.case({"ranks": ranks, "MB": int(name)}, times, ratios, dict.fromkeys(times, 2 * MIB * int(name)))
 
 
 def work(args) -> None:
@@ -54,15 +73,13 @@ def work(args) -> None:
     from hpcasync.comm import make_collectives
 
     world = hpcasync.init(device="cpu", threads=1)
-    backends = {"window": "window", "mpi": "mpi", "gloo": "torch"}
+    backends = {"Horovod": "horovod"} if args.part == "horovod" else {"window": "window", "mpi": "mpi", "gloo": "torch"}
+    opened, found = {}, {}
     try:
-        make_collectives("horovod", world).close()
-        backends["Horovod"] = "horovod"
+        opened = {side: make_collectives(name, world) for side, name in backends.items()}
     except hpcasync.UsageError as error:
         if world.rank == 0:
             print(f"without Horovod: {error}", flush=True)
-    opened = {side: make_collectives(name, world) for side, name in backends.items()}
-    report = Report(quiet=world.rank > 0)
     for size in args.sizes:
         count = size * MIB // 4
         sides, buffers = {}, {}
@@ -70,28 +87,29 @@ def work(args) -> None:
             (buffer,) = collectives.buffers([count], torch.float32, torch.device("cpu"))
             buffers[side] = buffer
             sides[side] = timed(lambda c=collectives, b=buffer: c.allreduce(b))
-        whole, source = np.zeros(count, np.float32), np.zeros(count, np.float32)
-        sides["one MPI call"] = timed(lambda w=whole: world.comm.Allreduce(MPI.IN_PLACE, w))
-        sides["copy"] = timed(lambda t=whole, f=source: np.copyto(t, f))
+        if args.part == "all":
+            whole, source = np.zeros(count, np.float32), np.zeros(count, np.float32)
+            sides["one MPI call"] = timed(lambda w=whole: world.comm.Allreduce(MPI.IN_PLACE, w))
+            sides["copy"] = timed(lambda t=whole, f=source: np.copyto(t, f))
         check(world, opened, buffers)
         for buffer in buffers.values():
             buffer.zero_()
-        times = interleave(sides, args.rounds, meet=world.collectives.barrier, warm_up=2)
-        times = {side: np.max(world.gather(values), axis=0) for side, values in times.items()}
-        ratios = [Ratio("window", other, FASTER) for other in ("one MPI call", "Horovod", "gloo") if other in times]
-        ratios += [Ratio("window", "mpi", 1.0), Ratio("window", "copy")]
-        title = {"ranks": world.size, "MB": size}
-        report.case(title, times, ratios, dict.fromkeys(times, 8 * count))
+        found[str(size)] = of_all(world, interleave(sides, args.rounds, meet=world.collectives.barrier, warm_up=2))
         del sides, buffers
-    if world.local_size > len(os.sched_getaffinity(0)):
-        late(args.rounds, world, opened["mpi"], report)
+    if args.part == "all" and world.local_size > len(os.sched_getaffinity(0)):
+        found["late"] = late(args.rounds, world, opened["mpi"])
     for collectives in opened.values():
         collectives.close()
     if world.rank == 0:
-        args.worker.write_text(json.dumps(report.rows))
+        args.worker.write_text(json.dumps([found]))
 
 
-def late(rounds, world, collectives, report) -> None:
+def of_all(world, times) -> dict[str, list[float]]:
+    """Seconds of the slowest rank, round by round."""
+    return {side: np.max(world.gather(values), axis=0).tolist() for side, values in times.items()}
+
+
+def late(rounds, world, collectives) -> dict[str, list[float]]:
     """What those who wait in a sum of 4 MB take from the last rank, which still computes."""
     from mpi4py import MPI
 
@@ -112,10 +130,7 @@ def late(rounds, world, collectives, report) -> None:
     sides = {"late, the others asleep": side(lambda: None)}  # in the polite barrier of the next round
     sides["late, the others in mpi"] = side(lambda: collectives.allreduce(buffer))
     sides["late, the others in one MPI call"] = side(lambda: world.comm.Allreduce(MPI.IN_PLACE, buffer))
-    times = interleave(sides, rounds, meet=world.collectives.barrier, warm_up=1)
-    times = {name: np.max(world.gather(values), axis=0) for name, values in times.items()}
-    asleep, ours, one = times
-    report.case({"ranks": world.size, "late": "the last"}, times, [Ratio(ours, asleep), Ratio(one, asleep)])
+    return of_all(world, interleave(sides, rounds, meet=world.collectives.barrier, warm_up=1))
 
 
 def check(world, opened, buffers) -> None:

@@ -64,8 +64,8 @@ class _Request:
 class _Line:
     """Allreduces of segments, begun in the order they were asked for, at most ``IN_FLIGHT`` at a time.
 
-    A large sum takes a hundred looks at it, each of which moves some 64 KB: sleeping between them would cost far more than the
-    sum. So who waits politely sleeps only as long as some rank may be missing.
+    A large sum takes many looks at it, each of which moves a part: sleeping between them would cost far more than the sum. So
+    who waits politely sleeps only as long as some rank may be missing.
 
     Args:
         begin: starts the allreduce of one segment and returns mpi4py's request.
