@@ -94,7 +94,7 @@ def _measure(args: argparse.Namespace) -> int:
     try:
         slow = parse_slow(args.slow, world.size, least=1)
         cases = make_cases(
-            args.what, args.kinds, keys, batch=args.batch, global_batch=args.global_batch, ranks=world.size,
+            args.what, args.kinds, keys, batch=args.batch, global_batch=args.global_batch, ranks=world.size, nodes=world.nodes,
             block={k: v for k, v in (("every", args.every), ("collectives", args.collectives)) if v is not None},
         )  # fmt: skip
         for case in cases:

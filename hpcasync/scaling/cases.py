@@ -38,6 +38,7 @@ def make_cases(
     batch: int,
     global_batch: int,
     ranks: int,
+    nodes: int = 1,
     block: dict[str, Any] | None = None,
 ) -> list[Case]:
     """The cases for this number of ranks; on one rank the base comes first.
@@ -49,6 +50,7 @@ def make_cases(
         batch: samples per step of a rank, weak scaling.
         global_batch: samples per step of all ranks, strong scaling.
         ranks: how many there are.
+        nodes: they are on; on several a group of mode hierarchical is a node, on one there are two groups.
         block: keys of the synchronous modes, ``every`` and ``collectives``; a case takes those that it has.
 
     Raises:
@@ -69,7 +71,7 @@ def make_cases(
             chosen = {"mode": mode, "batch": own, **({"rule": rule} if rule else {})}
             takes = {"sync": ("collectives",), "kstep": ("every", "collectives"), "hierarchical": ("every", "collectives")}
             chosen |= {k: v for k, v in (block or {}).items() if k in takes.get(mode, ())}
-            if mode == "hierarchical":
+            if mode == "hierarchical" and nodes == 1:
                 chosen["groups"] = 2 if ranks % 2 == 0 else 1
             cases.append(Case(kind, name, make_config(keys, chosen, workers=lambda: ranks)))
     return cases

@@ -33,6 +33,7 @@ def test_a_case_takes_the_options_that_its_mode_has() -> None:
     assert kstep.every == hierarchical.every == 8
     assert sync.collectives == kstep.collectives == "window" != asynchronous.collectives
     assert hierarchical.groups == 2 and hierarchical.rule == "asgd"
+    assert cases(4, names=["hierarchical"], kinds=["weak"], nodes=4)[0].config.groups is None  # one per node
 
 
 @pytest.mark.parametrize(
