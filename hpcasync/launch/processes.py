@@ -77,21 +77,24 @@ class Ledger:
         if found <= self._known:
             return
         self._known |= found
-        self._page.write_text(json.dumps(sorted(self._known)))
+        with contextlib.suppress(OSError):  # no room: this launcher knows them all the same
+            self._page.write_text(json.dumps(sorted(self._known)))
 
     def clear(self) -> list[str]:
         """Remove what this launcher's job has left, and what those of dead launchers have; returns what was removed."""
         removed = []
-        pages = [page for page in self._folder.glob("*.json") if page == self._page or not _alive(page.stem)]
+        pages = [page for page in self._folder.glob("*.json") if page != self._page and not _alive(page.stem)]
+        pages += [self._page] if self._known else []
         mapped = segments(int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()) if pages else set()
         for page in pages:
-            with contextlib.suppress(OSError, ValueError):
-                for name in json.loads(page.read_text()):
+            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):  # a damaged page is removed, too
+                for name in self._known if page == self._page else json.loads(page.read_text()):
                     path = Path(name)
                     if path.parent == SHARED and name not in mapped and path.exists() and path.stat().st_uid == os.getuid():
                         path.unlink()
                         removed.append(name)
             page.unlink(missing_ok=True)
+        self._known = set()
         return removed
 
 

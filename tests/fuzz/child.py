@@ -68,5 +68,6 @@ def fuzz(kind: str, folder: Path, examples: int, number: int) -> None:
 
 
 if __name__ == "__main__":
-    fuzz(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    slow = READERS[sys.argv[1]].slow
+    fuzz(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]) // (3 if slow else 1), int(sys.argv[4]))
     print("read all")
