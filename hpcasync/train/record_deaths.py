@@ -77,5 +77,5 @@ def meetings_of(arrays: Mapping[str, np.ndarray]) -> dict[int, list[np.ndarray]]
     for name, values in arrays.items():
         what, *numbers = name.split("-")
         if what == "meeting":
-            found.setdefault(int(numbers[0]), {})[int(numbers[1])] = np.asarray(values)  # a scalar's type is none of an array
+            found.setdefault(int(numbers[0]), {})[int(numbers[1])] = values
     return {number: [buffers[i] for i in range(len(buffers))] for number, buffers in found.items()}

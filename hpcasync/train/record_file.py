@@ -297,7 +297,7 @@ def read_rank(path: Path, rank: int) -> RankRecord:
 
 
 def _arrays(file: h5py.File, name: str) -> dict[str, np.ndarray]:
-    return {key: data[()] for key, data in file[name].items()} if name in file else {}
+    return {key: np.asarray(data[()]) for key, data in file[name].items()} if name in file else {}
 
 
 def _damage(events: np.ndarray, steps: np.ndarray, samples: np.ndarray, hypers: np.ndarray) -> str:

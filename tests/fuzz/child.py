@@ -22,7 +22,8 @@ from tests.fuzz.mutations import BYTES, CONTENTS, WHOLE, spoil, spoil_contents
 from tests.fuzz.readers import READERS
 
 ROOM = 2 << 30  # bytes that a reader may ask for, beyond what is loaded
-SECONDS = 10  # for one file of a few kilobytes
+SECONDS = 10  # of the processor, for one file of a few kilobytes; a loaded machine may need much longer
+STILL = 300  # for one that waits for something
 
 
 def fuzz(kind: str, folder: Path, examples: int, number: int) -> None:
@@ -56,12 +57,14 @@ def fuzz(kind: str, folder: Path, examples: int, number: int) -> None:
         target.write_bytes(content)
         if how[0] == "contents":
             spoil_contents(target, how[1])
-        signal.alarm(SECONDS)  # ends the process: a hang is a failure
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # each ends the process: a hang is a failure
+        signal.alarm(STILL)
         try:
             reader.read(target)
         except UsageError:
             pass
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.alarm(0)
 
     one()
