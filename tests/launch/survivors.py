@@ -72,12 +72,12 @@ class SurvivingJob:
         except OSError:
             return 0
 
-    def wait_epochs(self, more: int, seconds: float = 90) -> None:
+    def wait_epochs(self, more: int, seconds: float = 240) -> None:
         """Return when so many more epochs have been evaluated."""
         goal = self.epochs() + more
         self.wait(lambda: self.epochs() >= goal, f"epoch {goal}", seconds)
 
-    def wait(self, ready: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    def wait(self, ready: Callable[[], bool], what: str, seconds: float = 240) -> None:
         """Return when ``ready()``."""
         deadline = time.monotonic() + seconds
         while not ready():
@@ -86,7 +86,7 @@ class SurvivingJob:
             assert time.monotonic() < deadline, f"no {what} within {seconds} s; alive: {self.pids()}"
             time.sleep(0.02)
 
-    def end(self, seconds: float = 120) -> tuple[int, dict[str, Any], str]:
+    def end(self, seconds: float = 240) -> tuple[int, dict[str, Any], str]:
         """Wait for the end: exit code, result, standard error."""
         out, err = self.process.communicate(timeout=seconds)
         lines = [line for line in out.splitlines() if line.startswith("{")]

@@ -18,6 +18,7 @@ from hpcasync.train.checkpoint_ranks import read_ranks
 from tests.launch.survivors import SurvivingJob
 from tests.mpi import LANES, Lane, require_lane
 
+pytestmark = pytest.mark.timeout(600)  # jobs of 4 ranks on a machine that may be busy
 SLOW_EPOCHS = ("--batch", "4")  # 90 steps of a rank of 4
 FOREVER = ("--epochs", "100000", "--eval-every", "1", *SLOW_EPOCHS)
 
