@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcasync.comm.launch import launched_tasks
-from hpcasync.data.atomic import replacing
+from hpcasync.data.atomic import check_writable, replacing
 from hpcasync.errors import UsageError
 
 VERSION = "0.28.1"
@@ -113,13 +113,16 @@ def _has_extension(wheel: Path) -> bool:
     try:
         with zipfile.ZipFile(wheel) as archive:
             return any(re.fullmatch(r"horovod/torch/mpi_lib_v2.*\.so", name) for name in archive.namelist())
-    except zipfile.BadZipFile:
+    except (OSError, zipfile.BadZipFile):
         return False
 
 
 def _build(folder: Path, about: dict[str, str], jobs: int) -> Path:
+    try:
+        check_writable(folder / "wheel", needed=1)
+    except OSError as error:
+        raise UsageError(f"can't make the folder {folder}: {error.strerror}; give another one with --cache") from error
     _check_tools()
-    folder.mkdir(parents=True, exist_ok=True)
     log = folder / "build.log"
     print(f"building Horovod {VERSION} for {', '.join(about.values())} with {jobs} jobs; log: {log}", flush=True)
     began = time.perf_counter()
@@ -178,7 +181,11 @@ def _check_tools() -> None:
 
 def _call(command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> None:
     """Run a command with its output in ``log``."""
-    with log.open("a") as out:
+    try:
+        out = log.open("a")
+    except OSError as error:
+        raise UsageError(f"can't write {log}: {error.strerror}; give another folder with --cache") from error
+    with out:
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env).returncode
     if code:
         lines = [line for line in log.read_text(errors="replace").splitlines() if "error" in line.lower()]

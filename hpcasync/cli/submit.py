@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,15 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Render the script; print it, or write it and submit it."""
-    from hpcasync.slurm import render
+    from hpcasync.comm.launch import launched_tasks
+    from hpcasync.slurm import check_script, render
 
+    tasks, launcher = launched_tasks()
+    if tasks > 1:
+        raise UsageError(f"submit was started {tasks} times by {launcher}; run it once, without a launcher")
     site, job = make_job(args)
     script = render(job, site)
+    check_script(script, site, args.site)
     if args.dry_run:
         print(script, end="")
         return 0
@@ -71,20 +78,34 @@ def run(args: argparse.Namespace) -> int:
         from hpcasync.slurm import pack
 
         pack()
-    try:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        if job.script.exists():
-            raise UsageError(f"{job.script} exists: a job was submitted from there; choose another --output, or sbatch that one")
-        job.script.write_text(script, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"can't write {job.script}: {error.strerror}; choose another --output") from error
-    done = subprocess.run([sbatch, "--parsable", str(job.script)], capture_output=True, text=True)
-    if done.returncode:
-        job.script.unlink()
-        raise UsageError(f"sbatch refused the job: {' '.join(done.stderr.split())}; --dry-run shows the script")
+    with _written(job.script, script):
+        done = subprocess.run([sbatch, "--parsable", str(job.script)], capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"sbatch refused the job: {' '.join(done.stderr.split())}; --dry-run shows the script")
     number = done.stdout.strip().split(";")[0]
     print(f"submitted job {number}: {job.script}")
     return 0
+
+
+@contextlib.contextmanager
+def _written(path: Path, script: str) -> Iterator[None]:
+    """The script under its name; when the block fails it goes again, and with it the folders that were made for it."""
+    made: list[Path] = []
+    try:
+        try:
+            if path.exists():
+                raise UsageError(f"{path} exists: a job was submitted from there; choose another --output, or sbatch that one")
+            made = [path, *(folder for folder in path.parents if not folder.exists())]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(script, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"can't write {path}: {error.strerror}; choose another --output") from error
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # one that is not empty stays
+            for mine in made:
+                mine.unlink(missing_ok=True) if mine == path else mine.rmdir()
+        raise
 
 
 def make_job(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -97,6 +118,7 @@ def make_job(args: argparse.Namespace) -> tuple[Any, Any]:
     from hpcasync.slurm.environment import archive_of
     from hpcasync.slurm.job import LAUNCHERS
 
+    _check_texts(args)
     site = read_site(args.site)
     for flag, least in (("nodes", 1), ("ranks_per_node", 1), ("cpus_per_rank", 1), ("signal_lead", 1), ("max_restarts", 0)):
         value = getattr(args, flag)
@@ -127,7 +149,7 @@ def make_job(args: argparse.Namespace) -> tuple[Any, Any]:
         raise UsageError(f"--setup {args.setup}: no such file; expected shell commands such as 'module load ...'")
 
     rows, at_a_time = _rows(args)
-    kind, program, name = _program(args, rows, args.nodes * ranks)
+    kind, program, name = _program(args, rows, args.nodes, ranks)
     folder = Path(args.output or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{name}").absolute()
     places = (lambda where: ["--output", str(where), "--resume", "auto"]) if kind == "train" else (lambda where: [])
     plugin = args.mpi if args.mpi is not None else site.mpi
@@ -157,7 +179,40 @@ def make_job(args: argparse.Namespace) -> tuple[Any, Any]:
     return site, job
 
 
-def _program(args: argparse.Namespace, rows: list[tuple[int, list[str]]], ranks: int) -> tuple[str, list[str], str]:
+def _check_texts(args: argparse.Namespace) -> None:
+    """Refuse what would end a line of the script, and options of sbatch that are none or submit's own."""
+    from hpcasync.slurm.site import OWN, has_control
+
+    for key, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            # An argument of the program stands in quotes, where a line may end.
+            if isinstance(text, str) and has_control(text, "\n\t" if key == "program" else ""):
+                flag = "an argument after --" if key == "program" else f"--{key.replace('_', '-')}"
+                raise UsageError(f"{flag} {text!r}: expected text without control characters")
+    for word in args.sbatch:
+        match = re.fullmatch(r"--([A-Za-z][A-Za-z0-9_-]*)(=.*)?", word)
+        if match is None:
+            raise UsageError(f"--sbatch {word!r}: expected one option in its long form, such as --sbatch=--comment='two words'")
+        if remedy := OWN["sbatch"].get(match[1]):
+            raise UsageError(f"--sbatch={word}: submit sets --{match[1]} itself ({remedy}); leave it out")
+
+
+def _check_ranks(config: Any, nodes: int, ranks: int) -> None:
+    """What the job would refuse once it knows its ranks: ``ranks`` on each of the nodes."""
+    from hpcasync.comm.groups import groups_problem
+    from hpcasync.comm.host_ranks import host_ranks_problem
+    from hpcasync.train.slow import parse_slow
+
+    hosts = config.host_ranks or 0
+    problem = host_ranks_problem(hosts, [ranks] * nodes) if hosts else None
+    if config.mode == "hierarchical":
+        problem = groups_problem(config.groups, nodes, ranks)
+    if problem is not None:
+        raise UsageError(problem)
+    parse_slow(config.slow, nodes * (ranks - hosts), least=1)
+
+
+def _program(args: argparse.Namespace, rows: list[tuple[int, list[str]]], nodes: int, ranks: int) -> tuple[str, list[str], str]:
     """What kind of program it is (``train``, ``command``, ``script``), the arguments of Python, and the job's name.
 
     Every run's flags are read here too: a slip of the pen should not wait in a queue first.
@@ -184,7 +239,9 @@ def _program(args: argparse.Namespace, rows: list[tuple[int, list[str]]], ranks:
     for flag, why in (("--output", "submit's own --output says where"), ("--resume", "a job of submit always resumes")):
         if flag in given:
             raise UsageError(f"leave {flag} of train out: {why}")
-    configs = [config_of(p, workers=lambda: ranks) for p in parsed]
+    configs = [config_of(p, workers=lambda: nodes * ranks) for p in parsed]
+    for config in configs:
+        _check_ranks(config, nodes, ranks)
     return "train", ["-m", "hpcasync", *words], _name(args.name or configs[0].name)
 
 

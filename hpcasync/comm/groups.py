@@ -25,12 +25,7 @@ def split(world: World, groups: int | None = None) -> tuple[World, World | None,
         UsageError: groups that are no multiple of the nodes, or more of them than a node has ranks.
     """
     count = world.nodes if groups is None else groups
-    problem = None
-    if count < 1 or count % world.nodes:
-        problem = f"groups={groups}: expected a multiple of the {world.nodes} nodes; each group lies on one node"
-    elif count // world.nodes > world.local_size:
-        problem = f"groups={groups}: {count // world.nodes} per node, but a node has {world.local_size} rank(s)"
-    raise_together(world, problem)
+    raise_together(world, groups_problem(groups, world.nodes, world.local_size))
     if world.size == 1:
         return world, world, 1
     per_node = count // world.nodes
@@ -39,6 +34,16 @@ def split(world: World, groups: int | None = None) -> tuple[World, World | None,
     group = _world_of(world, comm, nodes=1)
     heads = world.comm.Split(0 if comm.rank == 0 else _undefined(), world.rank)
     return group, _world_of(world, heads, nodes=world.nodes) if comm.rank == 0 else None, count
+
+
+def groups_problem(groups: int | None, nodes: int, ranks: int) -> str | None:
+    """Why ``split`` refuses so many groups on these nodes with ``ranks`` each; None: it does not."""
+    count = nodes if groups is None else groups
+    if count < 1 or count % nodes:
+        return f"groups={groups}: expected a multiple of the {nodes} nodes; each group lies on one node"
+    if count // nodes > ranks:
+        return f"groups={groups}: {count // nodes} per node, but a node has {ranks} rank(s)"
+    return None
 
 
 def free(part: World | None, world: World) -> None:

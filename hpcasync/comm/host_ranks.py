@@ -17,6 +17,15 @@ POLL_SECONDS = 0.002
 """Between two looks of a host rank whether the workers call it."""
 
 
+def host_ranks_problem(count: int, sizes: list[int]) -> str | None:
+    """Why nodes with ``sizes`` ranks can't set ``count`` of them aside each; None: they can."""
+    if len(sizes) == 1:
+        return f"host_ranks={count} on one node: nothing crosses the network there; leave it out"
+    if min(sizes) <= count:
+        return f"host_ranks={count}, but the nodes have {sizes} ranks: every node needs at least one more, to train"
+    return None
+
+
 class HostRanks:
     """All processes of the job, workers and host ranks; the last ``count`` ranks of each node are its host ranks.
 
@@ -39,13 +48,9 @@ class HostRanks:
     def __init__(self, comm: Any, node_comm: Any, count: int) -> None:
         everyone = comm.allgather((node_comm.allgather(comm.rank)[0], node_comm.rank, node_comm.size))
         nodes = sorted({first for first, _, _ in everyone})
-        if len(nodes) == 1:
-            raise UsageError(f"host_ranks={count} on one node: nothing crosses the network there; leave it out")
-        if min(size for _, _, size in everyone) <= count:
-            sizes = [next(size for f, _, size in everyone if f == first) for first in nodes]
-            raise UsageError(
-                f"host_ranks={count}, but the nodes have {sizes} ranks: every node needs at least one more, to train"
-            )
+        problem = host_ranks_problem(count, [next(size for f, _, size in everyone if f == first) for first in nodes])
+        if problem is not None:
+            raise UsageError(problem)
         self.comm, self.node_comm, self.count = comm, node_comm, count
         self.ports = [(rank, nodes.index(first)) for rank, (first, local, size) in enumerate(everyone) if local >= size - count]
         self.is_host = comm.rank in [rank for rank, _ in self.ports]

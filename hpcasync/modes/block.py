@@ -92,5 +92,5 @@ def check_delay(delay: Any, options: BlockOptions) -> None:
     least = options.least_every()
     if delay >= least:
         raise UsageError(
-            f"delay={delay}: expected fewer steps than every, {least} at least, so that one average ends before the next"
+            f"delay={delay}: expected fewer steps than every ({least}), so that one average ends before the next"
         )

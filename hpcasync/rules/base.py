@@ -70,7 +70,8 @@ class Vector:
 
 def between(name: str, value: Any, low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> None:
     """Raise ``UsageError`` unless ``value`` is a finite number in the interval that the arguments describe."""
-    interval = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high_open else ']'}"
+    ends = "(" if low_open else "[", ")" if high_open or math.isinf(high) else "]"
+    interval = f"{ends[0]}{low:g}, {high:g}{ends[1]}"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise UsageError(f"{name}={value!r}: expected a finite number in {interval}")
     if value < low or value > high or (low_open and value == low) or (high_open and value == high):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from hpcasync.errors import UsageError
 from hpcasync.slurm.site import FILES, Site
 
 LAUNCHERS = ("srun", "mpiexec")
+QUOTE = re.compile(r'(\\.)|"', re.DOTALL)
+"""A double quote, or (1) an escaped character."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class Job:
         launcher: srun or mpiexec.
         mpi: ``--mpi`` of srun, empty for the site's default.
         options: more options of sbatch; they win over the site's.
-        extra: raw options of sbatch, last.
+        extra: words for sbatch, last.
         lead: seconds before the time limit at which to ask for a checkpoint.
         max_restarts: how often the job may requeue itself.
         python: interpreter.
@@ -85,8 +89,8 @@ def render(job: Job, site: Site) -> str:
         site=site,
         flags=_flags(job, site),
         command=job.command,
-        environment=threads | site.environment,
-        rank_environment=site.rank_environment,
+        environment={k: _quoted(v) for k, v in (threads | site.environment).items()},
+        on_rank=_on_rank(site),
         setup_file=job.setup_file,
         cpus_per_rank=cpus,
         max_restarts=job.max_restarts,
@@ -100,6 +104,35 @@ def render(job: Job, site: Site) -> str:
         srun=shlex.join(_options(srun)),
         program=shlex.join(job.program),
     )
+
+
+def _quoted(value: str) -> str:
+    """A value in double quotes, where the shell expands it; its own quotes stay unless they are a command's."""
+    plain = "$(" not in value and "`" not in value
+    return f'"{re.sub(QUOTE, lambda m: m[1] or chr(92) + m[0], value) if plain else value}"'
+
+
+def _on_rank(site: Site) -> str:
+    """What the shell of each rank does, or nothing."""
+    exports = "".join(f"export {name}={_quoted(value)}; " for name, value in site.rank_environment.items())
+    return exports and exports + 'exec "$@"'
+
+
+def check_script(script: str, site: Site, name: str) -> None:
+    """Refuse a script that bash could not read.
+
+    Raises:
+        UsageError: what the profile ``name`` brings to it does not parse.
+    """
+    bash = shutil.which("bash")
+    for text in (script, _on_rank(site)) if bash else ():
+        done = subprocess.run([str(bash), "-n"], input=text, capture_output=True, encoding="utf-8", errors="replace")
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["no message"])[0].replace("syntax error: ", "")
+            raise UsageError(
+                f"--site {name}: bash can't read the script that it gives ({said}); look at its setup, [environment] and "
+                "[rank_environment]: a value stands in double quotes there"
+            )
 
 
 def _flags(job: Job, site: Site) -> list[str]:
@@ -119,7 +152,7 @@ def _flags(job: Job, site: Site) -> list[str]:
         "requeue": True,
         "signal": f"B:USR1@{job.lead}",
     }
-    return [shlex.quote(word) for word in _options(options)] + list(job.extra)
+    return [shlex.quote(word) for word in [*_options(options), *job.extra]]
 
 
 def _options(options: dict[str, Any]) -> list[str]:

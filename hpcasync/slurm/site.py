@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def read_site(name: str) -> Site:
     """The profile of a site that is known by ``name``, or of the file of that path.
 
     Raises:
-        UsageError: an unknown name, no such file, not TOML, an unknown key, a value of another type.
+        UsageError: an unknown name, no such file, not TOML, an unknown key, a value of another type or that would break the job.
     """
     if name.endswith(".toml") or "/" in name:
         return _read(Path(name))
@@ -94,6 +96,30 @@ def _read(path: Path) -> Site:
     return Site(**keys)
 
 
+_LEAST = {"gpus_per_node": 0, "cpus_per_rank": 0, "threads_per_core": 1}
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_RANKS = {
+    "nodes": "--nodes",
+    "ntasks": "--nodes, --ranks-per-node",
+    "ntasks-per-node": "--ranks-per-node, gpus_per_node of the profile",
+    "cpus-per-task": "--cpus-per-rank, cpus_per_rank of the profile",
+}
+OWN = {
+    "sbatch": {
+        **_RANKS,
+        "job-name": "--name",
+        "time": "--time",
+        "array": "--array, --sweep",
+        "output": "--output",
+        "open-mode": "a requeued job appends",
+        "requeue": "--max-restarts",
+        "no-requeue": "--max-restarts",
+        "signal": "--signal-lead",
+    },
+    "srun": {**_RANKS, "mpi": "--mpi, mpi of the profile"},
+}
+"""Options that a profile can't set, since the job would not be what was asked for; and what does."""
 _KINDS: dict[str, tuple[type, str]] = {
     "str": (str, "a text"),
     "int": (int, "a whole number"),
@@ -112,5 +138,26 @@ def _check(path: Path, key: str, value: Any, annotation: str) -> None:
         plain = str if annotation == "dict[str, str]" else (str, int, bool)
         good = good and all(isinstance(v, plain) for v in value.values())
         words = "a table of texts" if plain is str else "a table of texts, numbers and true or false"
+    least = _LEAST.get(key)
+    if good and least is not None and value < least:
+        good, words = False, f"a whole number >= {least}"
     if not good:
         raise UsageError(f"--site {path}: {key} = {value!r}: expected {words}")
+    # A job is written with these: what would end a line or a quotation there is found here.
+    shell = key in ("setup", "environment", "rank_environment")
+    names = value if kind is dict else {}
+    for text in [*names.values()] if kind is dict else value if kind is list else [value]:
+        if isinstance(text, str) and has_control(text, "\n\t" if shell else ""):
+            words = "no control characters" if shell else "one line of text"
+            raise UsageError(f"--site {path}: {key}: {text!r}: expected {words}")
+    pattern, words = (_VARIABLE, "a variable's name") if shell else (_OPTION, "an option's name without dashes before it")
+    for name in names:
+        if not pattern.fullmatch(name):
+            raise UsageError(f"--site {path}: [{key}] {name!r}: expected {words}")
+        if remedy := OWN.get(key, {}).get(name):
+            raise UsageError(f"--site {path}: [{key}] {name}: submit sets it itself ({remedy}); leave it out")
+
+
+def has_control(text: str, allowed: str = "") -> bool:
+    """Whether there are characters that end a line or control a terminal, or that UTF-8 lacks."""
+    return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text if c not in allowed)

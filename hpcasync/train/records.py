@@ -56,7 +56,11 @@ class RunFolder:
         self.rows: list[dict[str, Any]] = []
         self._config = config
         if config.resume is None:
-            self.begin([])
+            try:
+                self.begin([])
+            except BaseException:
+                self.close()  # nobody else can: there is no RunFolder
+                raise
 
     def begin(self, rows: list[dict[str, Any]]) -> None:
         """Write the configuration, and go on after ``rows``: later ones are of a run that was cut short."""

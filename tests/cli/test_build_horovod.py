@@ -60,6 +60,16 @@ def test_cached_wheel_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == f"cached: {path}\n"
 
 
+def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    afile = tmp_path / "afile"
+    afile.write_text("kept")
+    for cache, says in ((afile, f"cannot write {afile}/horovod/"), (Path("/proc/x"), "can't make the folder /proc/x/horovod/")):
+        assert main(["build-horovod", "--cache", str(cache)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"hpcasync: error: {says}") and err.count("\n") == 1, err
+    assert afile.read_text() == "kept"
+
+
 def test_errors(tmp_path: Path) -> None:
     """In processes of their own: the first must find no compiler, the second is one of several tasks."""
     command = [sys.executable, "-m", "hpcasync", "build-horovod", "--cache", str(tmp_path)]

@@ -82,6 +82,13 @@ BAD = {
     "launcher": ([*GENERIC, "--launcher", "mpirun"], ["unknown launcher 'mpirun'", "mpiexec"]),
     "setup": ([*GENERIC, "--setup", "gone.sh"], ["--setup gone.sh", "no such file"]),
     "no environment": ([*GENERIC, "--broadcast"], ["--broadcast", "neither", "--no-broadcast"]),
+    "sbatch in short": ([*GENERIC, "--sbatch=-C gpu"], ["--sbatch '-C gpu'", "--sbatch=--comment="]),
+    "sbatch of submit's own": ([*GENERIC, "--sbatch=--nodes=5"], ["--sbatch=--nodes=5", "submit sets --nodes itself"]),
+    "two lines": ([*GENERIC, "--sbatch=--comment=a\n#SBATCH --exclusive"], ["--sbatch ", "without control characters"]),
+    "account of two lines": ([*GENERIC, "--account", "a\nb"], ["--account 'a\\nb'", "without control characters"]),
+    "output of two lines": ([*GENERIC, "--output", "a\rb"], ["--output 'a\\rb'", "without control characters"]),
+    "output not UTF-8": ([*GENERIC, "--output", "a\udcff"], ["--output 'a\\udcff'", "without control characters"]),
+    "setup of the site": (["submit", "--site", "./broken.toml", "--nodes", "1"], ["broken.toml", "bash can't read the script"]),
     "two seeds": ([*GENERIC, "--array", "0-1", "--sweep", "seed=1,2"], ["--array and --sweep both set --seed"]),
 }
 BAD_PROGRAM = {
@@ -92,12 +99,17 @@ BAD_PROGRAM = {
     "unknown flag of train": (["train", "--epohcs", "3"], ["unrecognized arguments: --epohcs"]),
     "output": (["train", "--output", "x"], ["leave --output of train out"]),
     "resume": (["train", "--resume=auto"], ["leave --resume of train out"]),
+    "host ranks": (["train", "--progress", "host-rank", "--host-ranks", "4"], ["host_ranks=4, but the nodes have [4, 4] ranks"]),
+    "slow host rank": (["train", "--progress", "host-rank", "--slow", "6:2"], ["--slow 6:2"]),
+    "groups": (["train", "--mode", "hierarchical", "--groups", "3"], ["groups=3: expected a multiple of the 2 nodes"]),
+    "many groups": (["train", "--mode", "hierarchical", "--groups", "10"], ["groups=10: 5 per node, but a node has 4 rank(s)"]),
 }
 
 
 @pytest.mark.parametrize("name", [*BAD, *BAD_PROGRAM])
 def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "needy.toml").write_text('description = "x"\ngpus_per_node = 1\nneeds = ["partition"]\n')
+    (tmp_path / "broken.toml").write_text('description = "x"\ngpus_per_node = 1\nsetup = ["if true"]\n')
     if name == "no environment":
         monkeypatch.setattr("sys.prefix", str(tmp_path))
     words, parts = BAD[name] if name in BAD else ([*GENERIC, "--", *BAD_PROGRAM[name][0]], BAD_PROGRAM[name][1])
@@ -110,7 +122,7 @@ def test_bad_input(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert code == 2 and out == "" and err.count("error:") == 1, err
     for part in parts:
         assert part in err
-    assert [p.name for p in tmp_path.iterdir()] == ["needy.toml"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.toml", "needy.toml"]
 
 
 def test_a_value_of_a_sweep_is_checked_like_any_other(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +130,18 @@ def test_a_value_of_a_sweep_is_checked_like_any_other(capsys: pytest.CaptureFixt
     assert "lr=-1" in capsys.readouterr().err
     assert main([*GENERIC, "--sweep", "lr=0.1,1", "--dry-run", "--", "train", "--lr", "1"]) == 2
     assert "--lr is given twice" in capsys.readouterr().err
+
+
+def test_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PMI_SIZE", "4")  # what mpiexec sets
+    monkeypatch.setenv("PMI_RANK", "0")
+    assert main([*GENERIC, "--dry-run", "--", "list"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "submit was started 4 times" in err
+
+
+def test_words_for_sbatch_stay_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "#SBATCH '--comment=x y'\n" in _script(capsys, *GENERIC, "--sbatch=--comment=x y", "--dry-run", "--", "list")
 
 
 def test_no_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -253,7 +253,7 @@ def test_from_the_shell(mpirun: MpiRun) -> None:
     ("flags", "ranks", "words"),
     [
         (["--groups", "3"], 2, "groups=3: 3 per node, but a node has 2 rank(s)"),
-        (["--every", "4", "--delay", "4"], 1, "delay=4: expected fewer steps than every"),
+        (["--every", "4", "--delay", "4"], 1, "delay=4: expected fewer steps than every (4), so that"),
         (["--inner-state", "average", "--delay", "1"], 1, "inner_state='average' with delay=1"),
         (["--rule", "easgd"], 1, "rule 'easgd' trains a copy per rank"),
         (["--preset", "bmuf"], 1, "--preset belongs to mode kstep"),

@@ -85,7 +85,8 @@ def test_option_of_another_rule() -> None:
 
 
 BAD = [
-    ("lr", 0, "number in"), ("lr", -1.0, "number in"), ("lr", math.nan, "finite"), ("lr", math.inf, "finite"),
+    ("lr", 0, "number in"), ("lr", -1.0, "number in"), ("lr", math.nan, r"finite number in \(0, inf\)$"),
+    ("lr", math.inf, "finite"),
     ("lr", "0.1", "finite number"), ("lr", True, "finite number"), ("lr", [0.1], "finite number"),
     ("momentum", 1.0, r"\[0, 1\)"), ("momentum", -0.1, r"\[0, 1\)"),
     ("alpha", 1, r"\[0, 1\)"),

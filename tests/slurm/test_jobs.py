@@ -204,7 +204,7 @@ def test_what_slurm_refuses_is_said_and_leaves_no_script(submit: Submit) -> None
         done = submit.command("--output", "x", "--nodes", 1, flag, "--ranks-per-node", 1, "--", LOOP, "state", 1)
         assert done.returncode == 2 and done.stderr.count("hpcasync: error:") == 1
         assert "sbatch refused the job" in done.stderr and says.lower() in done.stderr.lower()
-        assert not (submit.folder / "x" / "job.sh").exists()
+        assert not (submit.folder / "x").exists()
 
 
 def test_one_folder_takes_one_job(submit: Submit) -> None:

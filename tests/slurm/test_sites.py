@@ -6,13 +6,14 @@ After a wanted change: HPCASYNC_UPDATE_GOLDEN=1 pytest tests/slurm/test_sites.py
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from hpcasync.errors import UsageError
-from hpcasync.slurm import Job, Site, read_site, render, site_names
+from hpcasync.slurm import Job, Site, check_script, read_site, render, site_names
 from hpcasync.slurm.site import FILES
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -99,6 +100,16 @@ def test_a_profile_of_ones_own(tmp_path: Path) -> None:
         ('description = "x"\n[environment]\nX = 1', "expected a table of texts"),
         ('description = "x"\n[srun]\nx = [1]', "expected a table of texts, numbers and true or false"),
         ("gpus_per_node = 4", "'description' is missing"),
+        ('description = "x"\nthreads_per_core = 0', "threads_per_core = 0: expected a whole number >= 1"),
+        ('description = "x"\ngpus_per_node = -2', "gpus_per_node = -2: expected a whole number >= 0"),
+        ('description = "x"\ncpus_per_rank = -4', "cpus_per_rank = -4: expected a whole number >= 0"),
+        ('description = "x\\ny"', "expected one line of text"),
+        ('description = "x"\n[sbatch]\ncomment = "x\\ny"', "expected one line of text"),
+        ('description = "x"\n[sbatch]\nnodes = 5', "[sbatch] nodes: submit sets it itself (--nodes)"),
+        ('description = "x"\n[srun]\nmpi = "pmix"', "[srun] mpi: submit sets it itself"),
+        ('description = "x"\n[sbatch]\n"--gres" = "x"', "[sbatch] '--gres': expected an option's name"),
+        ('description = "x"\n[environment]\n"A B" = "1"', "[environment] 'A B': expected a variable's name"),
+        ('description = "x"\n[rank_environment]\n"1A" = "1"', "[rank_environment] '1A': expected a variable's name"),
     ],
 )
 def test_bad_profile(tmp_path: Path, text: str, why: str) -> None:
@@ -107,6 +118,31 @@ def test_bad_profile(tmp_path: Path, text: str, why: str) -> None:
     with pytest.raises(UsageError) as error:
         read_site(str(path))
     assert why in str(error.value) and "bad.toml" in str(error.value)
+
+
+def test_values_of_the_environment_arrive(tmp_path: Path) -> None:
+    """Quotes as they are, variables expanded; run by a shell, for the job and for a rank."""
+    path = tmp_path / "mine.toml"
+    values = """A = "it's"\nB = '{"a b": 1}'\nC = '$(echo "x  y")'\nD = '$HOME/d'\nE = 'a \\" b'\n"""
+    path.write_text(f'description = "x"\n[environment]\n{values}[rank_environment]\n{values}')
+    site = read_site(str(path))
+    script = render(_job(site, cpus_per_rank=0), site)
+    check_script(script, site, "mine")
+    exports = [line for line in script.splitlines() if line.startswith("export ") and "SRUN" not in line]
+    rank = next(line for line in script.splitlines() if line.startswith("    bash -c ")).removesuffix(" \\")
+    tell = """printf '%s\\n' "$A" "$B" "$C" "$D" "$E" """
+    for code in ("\n".join([*exports, tell]), f"{rank} bash -c {shlex.quote(tell)}"):
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, env={"HOME": "/h", "PATH": os.defpath})
+        assert done.stdout.splitlines() == ["it's", '{"a b": 1}', "x  y", "/h/d", 'a " b'], done.stderr
+
+
+@pytest.mark.parametrize("lines", ["setup = ['if true']", "[environment]\nX = 'a\\'", "[rank_environment]\nX = '$('"])
+def test_a_profile_that_bash_cannot_read(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(f'description = "x"\n{lines}')
+    site = read_site(str(path))
+    with pytest.raises(UsageError, match="--site bad: bash can't read the script"):
+        check_script(render(_job(site), site), site, "bad")
 
 
 def test_unknown_site() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,18 @@ def test_what_is_recorded_reads_back(run: Path) -> None:
 def test_a_folder_with_a_run_is_not_overwritten(run: Path) -> None:
     with pytest.raises(UsageError, match="holds a run already"):
         RunFolder(make_config({"output": str(run)}))
+
+
+def test_a_full_disk_at_the_start_leaves_the_folder_free(tmp_path: Path) -> None:
+    config = make_config({"output": str(tmp_path / "run"), "name": "x" * 10_000})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))  # room for the lock, not for the configuration
+    try:
+        with pytest.raises(UsageError, match=r"config\.toml: the file-size limit"):
+            RunFolder(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_name_taken_in_the_same_second_gets_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
