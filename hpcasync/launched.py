@@ -78,8 +78,15 @@ def note_hung(ranks: Iterable[int]) -> None:
 
 
 def noted_deaths(folder: Path) -> list[Death]:
-    """What was noted there."""
-    return [json.loads(page.read_text()) for page in folder.glob(f"{DEATH}*") if not page.suffix]
+    """What was noted there, as far as it can be read."""
+    found = []
+    for page in folder.glob(f"{DEATH}*"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            of = json.loads(page.read_text())
+            time.localtime(of["time"])
+            if not page.suffix and isinstance(of["rank"], int) and isinstance(of["shards"], list):
+                found.append(of)
+    return found
 
 
 def earlier_deaths(known: list[Death]) -> list[Death]:

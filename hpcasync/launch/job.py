@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -126,8 +127,8 @@ class Job:
         # Where the end of one ends all, only the first one was killed by somebody else; an abort kills all.
         pages = folder.glob("rank-*[0-9]") if self._survive else folder.glob("first")
         for page in pages if aborted_with(folder) is None else ():
-            words = page.read_text().split()
-            rank, code = (int(page.name[5:]), int(words[0])) if self._survive else (int(words[0]), int(words[1]))
+            said = [int(page.name[5:]), *_numbers(page)] if self._survive else _numbers(page)
+            rank, code = (said + [0, 0])[:2]
             if code > 128 and rank not in found:
                 found[rank] = death(rank, page.stat().st_mtime, f"killed by signal {code - 128}")
         return sorted(found.values(), key=lambda of: of["time"])
@@ -186,4 +187,11 @@ def _what_ended(code: int, deaths: list[Death]) -> str:
 
 def _ended(folder: Path) -> dict[int, int]:
     """Exit codes of the ranks that have ended, as their wrappers wrote them."""
-    return {int(p.name[5:]): int(p.read_text().split()[0]) for p in folder.glob("rank-*") if p.name[5:].isdigit()}
+    return {int(p.name[5:]): (_numbers(p) or [1])[0] for p in folder.glob("rank-*") if p.name[5:].isdecimal()}
+
+
+def _numbers(page: Path) -> list[int]:
+    """What a wrapper wrote; nothing where the disk had no room for it."""
+    with contextlib.suppress(OSError, ValueError):
+        return [int(word) for word in page.read_text().split()]
+    return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -278,6 +279,31 @@ def _open_ledger(path: Path) -> Any:
     return Ledger(path.parent).clear()
 
 
+def _wrapper_page(folder: Path) -> Path:
+    (folder / "rank-1").write_text("137\n")
+    return folder / "rank-1"
+
+
+def _first_page(folder: Path) -> Path:
+    (folder / "first").write_text("1 137\n")
+    return folder / "first"
+
+
+def _death_page(folder: Path) -> Path:
+    from hpcasync.launched import DEATH, death
+
+    (folder / f"{DEATH}1").write_text(json.dumps(death(1, 1.0, "hung")))
+    return folder / f"{DEATH}1"
+
+
+def _open_pages(path: Path) -> Any:
+    from hpcasync.launch.job import Job, _ended, _what_ended
+    from hpcasync.launch.library import find_library
+
+    found = [Job(find_library(), 2, ["true"], survive)._find_deaths(path.parent) for survive in (False, True)]
+    return _ended(path.parent), [_what_ended(1, deaths) for deaths in found]
+
+
 READERS = {
     "idx": Reader(_idx, _imported),
     "idx-gz": Reader(_idx_gz, _imported),
@@ -304,4 +330,7 @@ READERS = {
     "like": Reader(_run, _like, contents=True),
     "lock": Reader(_lock, _open_lock),
     "ledger": Reader(_ledger, _open_ledger),
+    "wrapper-page": Reader(_wrapper_page, _open_pages),
+    "first-page": Reader(_first_page, _open_pages),
+    "death-page": Reader(_death_page, _open_pages),
 }
