@@ -14,6 +14,7 @@ from hpcasync.comm import World, agree
 from hpcasync.comm.failure import leaving_in_error
 from hpcasync.comm.progress_choice import chosen_progress
 from hpcasync.errors import UsageError
+from hpcasync.modes import torch_state
 from hpcasync.modes.base import Closure, Mode, OnNonfinite
 from hpcasync.modes.finite import FiniteCheck
 from hpcasync.modes.flat import FlatParameters, Source, check_dtypes, flat_grad, groups_of
@@ -221,20 +222,7 @@ class Async(Mode):
     def state_dict(self) -> dict[str, Any]:
         """The rule's vectors per parameter, the groups' options, and the shards' versions, copied out of the window."""
         self._check_open()
-        packed = super().state_dict()
-        layout, state = self.store.layout, self.store.snapshot(self._worker)
-        packed["state"] = {
-            i: {
-                v.name: torch.from_numpy(state[row, start : start + size].copy()).view(self._flat.params[i].shape)
-                for row, v in enumerate(self.rule.vectors, start=1)
-                if v.saved
-            }
-            for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True))
-        }
-        counts = {"steps": self.steps, "updates": self.updates, "skipped": self.skipped}
-        versions = self.store.shard_versions()
-        packed["hpcasync"] = {"rule": self.rule.describe(), "versions": versions, **counts}
-        return packed
+        return torch_state.pack(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave, and publish rank 0's model with it. Collective.
@@ -245,12 +233,12 @@ class Async(Mode):
             UsageError: another rule's state, or another model's.
         """
         self._check_open()
-        self._check_state(state_dict)
+        torch_state.check(self, state_dict)
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self._flat.attach()
         self._barrier()
         self.store.restart(self._worker)
-        state = self._shared_state(state_dict) if self.world.rank == 0 else None
+        state = torch_state.shared(self, state_dict) if self.world.rank == 0 else None
         self.store.install(state, state_dict["hpcasync"]["versions"])
         self._pull_together()
         own = state_dict["hpcasync"]
@@ -409,28 +397,3 @@ class Async(Mode):
         self._pull()
         self._to_device()
         self._barrier()
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        theirs = state_dict.get("hpcasync", {}).get("rule", {})
-        mine = self.rule.describe()
-        structure = ("name", "base", "variant")
-        if [theirs.get(k) for k in structure] != [mine.get(k) for k in structure]:
-            raise UsageError(f"the state is of rule {theirs or 'unknown'}, this optimizer has {mine}")
-        shapes = [tuple(p.shape) for p in self._flat.params]
-        for i, shape in enumerate(shapes):
-            vectors: dict[str, torch.Tensor] = state_dict["state"].get(i, {})
-            for v in [v for v in self.rule.vectors if v.saved]:
-                found = tuple(vectors[v.name].shape) if v.name in vectors else "nothing"
-                if found != shape:
-                    raise UsageError(f"state of {self._flat.names[i]}, {v.name}: found {found}, expected {shape}")
-
-    def _shared_state(self, state_dict: dict[str, Any]) -> np.ndarray:
-        """The model and the rule's vectors as the store has them: float32 (1 + vectors, layout.total)."""
-        layout, vectors = self.store.layout, self.rule.vectors
-        state = np.zeros((1 + len(vectors), layout.total), np.float32)
-        state[0] = self._flat.buffer.cpu().numpy()
-        for row, v in enumerate(vectors, start=1):
-            state[row] = v.start
-            for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=True) if v.saved else ()):
-                state[row, start : start + size] = state_dict["state"][i][v.name].reshape(-1).numpy()
-        return state

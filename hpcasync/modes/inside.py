@@ -12,7 +12,7 @@ from hpcasync.store import Layout
 
 if TYPE_CHECKING:
     from hpcasync.store import Store
-    from hpcasync.store.base import Worker
+    from hpcasync.store.worker import Worker
 
 QUANTILES = {"lowest": 0.0, "25 %": 0.25, "median": 0.5, "75 %": 0.75, "highest": 1.0}
 

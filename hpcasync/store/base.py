@@ -1,86 +1,29 @@
 """The store: shared parameters in shards, and the push+pull that every worker runs on them.
 
 A worker pushes by applying the rule itself, in place, under the shard's lock, and reads the new parameters in the same
-pass. There is no server. Subclasses say where the state lies and what a lock is; the order of a push, versions, staleness
-and its bound are the same everywhere and stand here.
+pass. There is no server. Subclasses say where the state lies and what a lock is; what a push does stands here.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 
 from hpcasync.backoff import Backoff
-from hpcasync.comm.signs import BOUND, LOCK, TURN, Signs
+from hpcasync.comm.signs import LOCK
 from hpcasync.rules import Rule
 from hpcasync.rules.base import NO_VECTORS
-from hpcasync.stats import Staleness
+from hpcasync.store.clocks import Clocks
 from hpcasync.store.layout import Layout, Shard
-
-IDLE = np.iinfo(np.int64).max
-"""Clock of a worker that the others need not wait for."""
+from hpcasync.store.worker import Worker
 
 NOTES = 4
 """int64 words per shard that are the rule's to write."""
 
-Observer = Callable[[int, int, int], None]
-"""Told ``(shard, version read, version written)`` of every push, under the shard's lock: records and replay hang here."""
 
-
-class Worker:
-    """One worker's view of a store: what it has read, and its own counts.
-
-    Attributes:
-        index: the worker's number, 0 .. workers-1.
-        read: int64 (shards,), the version of each shard that this worker last read.
-        pushed: bool (shards,), the shards that this worker has pushed.
-        steps: calls of ``push_pull`` by this worker.
-        held: gradients that had to wait for this worker's turn.
-        private: float32 (private vectors of the rule, elements), its own vectors.
-        staleness: histogram over all pushes of shards.
-        waited: seconds spent waiting for locks and for slower workers.
-        signs: where to tell what it waits for; None for nobody.
-    """
-
-    def __init__(self, index: int, shards: int, workers: int, private: np.ndarray | None = None) -> None:
-        self.index = index
-        self.read = np.zeros(shards, np.int64)
-        self.pushed = np.zeros(shards, bool)
-        self.steps = 0
-        self.private = NO_VECTORS if private is None else private
-        self.refused: float | None = None  # since when it has been waiting for its turn
-        self.held = 0
-        self.staleness = Staleness()
-        self.waited = 0.0
-        self.observer: Observer | None = None
-        self.signs: Signs | None = None
-        self._before: int | None = None
-        # Workers begin at different shards, so that they do not queue behind each other.
-        self.first = index * shards // workers
-
-    def waits(self, kind: int) -> None:
-        """Tell that it waits for something of ``hpcasync.comm.signs.KINDS``, until it ``goes_on``."""
-        if self.signs is not None and self._before is None:
-            self._before = self.signs.begin(kind)
-
-    def goes_on(self) -> None:
-        """Tell that it waits no longer."""
-        if self.signs is not None and self._before is not None:
-            self.signs.end(self._before)
-            self._before = None
-
-
-class StalledCallback(Protocol):
-    """Told how long a worker has waited, and for which slower workers."""
-
-    def __call__(self, seconds: float, slow: list[int]) -> None: ...
-
-
-class Store:
+class Store(Clocks):
     """Shared parameters and rule state, cut into shards.
 
     Args:
@@ -90,8 +33,7 @@ class Store:
         state: float32 (1 + vectors, layout.total), row 0 is ``w``.
         versions: int64 (shards,), updates applied to each shard.
         writers: int64 (shards,), the last worker that wrote each shard, -1 before.
-        clocks: int64 (workers,), pushes of each worker, ``IDLE`` for one that nobody needs to wait for.
-        excused: int64 (workers,), 1 for a worker that rounds do not wait for until it comes.
+        clocks, excused: see ``Clocks``.
         notes: int64 (shards, NOTES), the rule's own counts per shard.
         threads: threads that work on a shard together.
     """
@@ -111,13 +53,11 @@ class Store:
         threads: int = 1,
     ) -> None:
         self.layout = layout
-        self.rule = rule
+        super().__init__(rule, clocks, excused)
         self.workers = workers
         self.state = state
         self.versions = versions
         self.writers = writers
-        self.clocks = clocks
-        self.excused = excused
         self.notes = notes
         self._threads = threads
 
@@ -134,24 +74,7 @@ class Store:
     def barrier(self) -> None:
         """All workers meet here and see each other's work. Collective where the store is shared."""
 
-    def look(self) -> None:
-        """Bring ``clocks`` and ``excused`` up to date."""
-
-    def set_clock(self, worker: int, value: int) -> None:
-        """Set a worker's clock."""
-        self.clocks[worker] = value
-
-    def set_excused(self, worker: int, value: int) -> None:
-        """Set whether rounds go on without a worker."""
-        self.excused[worker] = value
-
     # What every worker does.
-
-    def tick(self, worker: Worker) -> None:
-        """Count a push of the worker, unless nobody waits for it."""
-        i = worker.index
-        if self.clocks[i] != IDLE:
-            self.clocks[i] += 1
 
     def worker(self, index: int) -> Worker:
         """A view of the store for worker ``index``, which has read nothing yet."""
@@ -380,107 +303,6 @@ class Store:
     def holders(self) -> list[int]:
         """The workers that hold a shard's lock just now, where that can be told."""
         return []
-
-    # Rounds (rules in turn): a worker's clock is the round that it has its next turn in.
-
-    def may_push(self, worker: Worker) -> bool:
-        """Whether it is the worker's turn: nobody that the round waits for has an earlier one. Always unless ``in_turn``.
-
-        All workers of a round may push at the same time. Once given, the turn stays until the push.
-        """
-        if not self.rule.in_turn:
-            return True
-        i = worker.index
-        self.look()
-        if self.excused[i]:  # it is back: it joins the round that the others are in
-            there = (self.excused == 0) & (self.clocks != IDLE)
-            if there.any():
-                self.set_clock(i, max(int(self.clocks[i]), int(self.clocks[there].min())))
-            self.set_excused(i, 0)
-        return bool((self.clocks[self.excused == 0] >= self.clocks[i]).all())
-
-    def excuse(self, worker: Worker) -> None:
-        """Let rounds turn without the workers that ``worker`` waits for, each until it asks for its turn again.
-
-        A worker that comes at this very moment is excused too; it only is not waited for, for one round.
-        """
-        for slow in np.flatnonzero(self.clocks < self.clocks[worker.index]).tolist():
-            self.set_excused(slow, 1)
-
-    def take_turn(
-        self,
-        worker: Worker,
-        *,
-        hold: bool,
-        patience: float,
-        stalled: StalledCallback | None = None,
-        every: float = 30.0,
-    ) -> bool:
-        """Wait for the worker's turn; at most ``patience`` seconds, then the round turns without the slower workers.
-
-        Args:
-            worker: who wants to push.
-            hold: wait; otherwise only ask.
-            patience: seconds since the worker was first refused.
-            stalled: called every ``every`` seconds of waiting.
-
-        Returns:
-            Whether it is its turn; always with ``hold``.
-        """
-        backoff = Backoff()
-        told = time.perf_counter()
-        while not self.may_push(worker):
-            now = time.perf_counter()
-            if worker.refused is None:
-                worker.refused = now
-                worker.held += hold
-            if now - worker.refused > patience:
-                self.excuse(worker)
-                continue
-            if not hold:
-                return False
-            worker.waits(TURN)
-            worker.waited += backoff.pause()
-            if stalled is not None and now - told > every:
-                told = now
-                slow = (self.clocks < self.clocks[worker.index]) & (self.excused == 0)
-                stalled(now - worker.refused, np.flatnonzero(slow).tolist())
-        worker.refused = None
-        worker.goes_on()
-        return True
-
-    # Bounded staleness.
-
-    def gate(self, worker: Worker, bound: int, stalled: StalledCallback | None = None, every: float = 30.0) -> bool:
-        """Wait while this worker is more than ``bound`` pushes ahead of the slowest (stale synchronous parallel).
-
-        Args:
-            worker: who asks.
-            bound: pushes; 0 keeps all workers in step.
-            stalled: called every ``every`` seconds of waiting.
-
-        Returns:
-            Whether it had to wait: then others have pushed since, and a pull brings their work.
-        """
-        if self._ahead(worker) <= bound:
-            return False
-        began = last = time.perf_counter()
-        backoff = Backoff()
-        worker.waits(BOUND)
-        while self._ahead(worker) > bound:
-            worker.waited += backoff.pause()
-            now = time.perf_counter()
-            if stalled is not None and now - last > every:
-                last = now
-                slow = np.flatnonzero(self.clocks < self.clocks[worker.index] - bound)
-                stalled(now - began, slow.tolist())
-        worker.goes_on()
-        return True
-
-    def _ahead(self, worker: Worker) -> int:
-        self.look()
-        mine = int(self.clocks[worker.index])
-        return 0 if mine == IDLE else mine - int(self.clocks.min())
 
     def close(self) -> None:
         """Give back what the store holds. Idempotent; collective where the store is shared."""

@@ -11,10 +11,11 @@ from hpcasync.kernels import HYPER
 from hpcasync.kernels.atomic import count_up, get, put, take
 from hpcasync.kernels.exchange import exchange
 from hpcasync.rules import Rule
-from hpcasync.store.base import NOTES, Store, Worker
+from hpcasync.store.base import NOTES, Store
 from hpcasync.store.layout import Layout, Shard
 from hpcasync.store.placement import LINE, WIDTH, Port, Segment
 from hpcasync.store.words import whole
+from hpcasync.store.worker import Worker
 
 LOCK, VERSION, WRITER, NOTE, SEQUENCE = 0, 1, 2, 3, 7
 """Words of a shard's line. The sequence is odd while the shard is being written."""

@@ -151,3 +151,12 @@ class Segment:
     def out(self, sender: int, element: int = 0) -> int:
         """Byte of an element (counted in the port) in what a sender gets back."""
         return self.offsets["outs"] + 4 * (self.total * sender + element)
+
+
+def segments_of(layout: Layout, ports: Sequence[Port], rows: int, private: int, workers: int) -> list[Segment]:
+    """Where things lie in each port's memory; the clocks are in the first one's."""
+    sizes = [tuple(s.stop - s.start for s in layout.shards[slice(*p.shards)]) for p in ports]
+    return [
+        Segment(size, len(port.senders), len(layout.sizes), rows, private, 0 if i else workers)
+        for i, (port, size) in enumerate(zip(ports, sizes, strict=True))
+    ]

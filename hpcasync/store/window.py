@@ -14,7 +14,8 @@ from hpcasync.comm.world import World
 from hpcasync.errors import UsageError
 from hpcasync.kernels.atomic import exchange, put, take
 from hpcasync.rules import Rule
-from hpcasync.store.base import IDLE, NOTES, Store
+from hpcasync.store.base import NOTES, Store
+from hpcasync.store.clocks import IDLE
 from hpcasync.store.layout import Layout
 
 LINE = 8

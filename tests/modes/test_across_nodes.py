@@ -232,7 +232,7 @@ world = ha.init()
 me, P = world.rank, world.size
 opt = ha.Async(model := mlp(), ha.rules.make_rule("gsgm", {"lr": 0.05}), world=world)
 store, worker = opt.store, opt._worker
-assert store._peers and len(opt.rule.private_vectors) == 1
+assert store._slots.peers and len(opt.rule.private_vectors) == 1
 
 def take_turns(steps):
     for step in steps:

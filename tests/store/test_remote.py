@@ -151,7 +151,7 @@ LIMIT = """
 # Every counter passes 2^31 and goes on: requests, versions, clocks.
 store, worker, grads, hypers, out = counting([40, 3, 50], 16)
 near, shards = 2**31 - 4, len(store.layout.shards)
-store._numbers = [near] * shards
+store._slots.numbers = [near] * shards
 store.install(np.zeros((1, store.layout.total), np.float32), [near] * shards)
 store.set_clock(me, near)
 store.pull(worker, out)
@@ -166,7 +166,7 @@ store.barrier()
 store.pull(worker, out)
 assert values(store, out) == [{8.0 * P}] * shards
 assert store.shard_versions() == [near + 8 * P] * shards
-assert all(store._numbers[k] >= near + 8 > 2**31 for k in store._port_of), store._numbers
+assert all(store._slots.numbers[k] >= near + 8 > 2**31 for k in store._slots.port_of), store._slots.numbers
 store.look()
 assert store.clocks.tolist() == [near + 8] * P
 store.barrier()
