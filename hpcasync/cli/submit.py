@@ -181,7 +181,7 @@ def make_job(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def _check_texts(args: argparse.Namespace) -> None:
     """Refuse what would end a line of the script, and options of sbatch that are none or submit's own."""
-    from hpcasync.slurm.site import OWN, has_control
+    from hpcasync.slurm.site import has_control, set_by_submit
 
     for key, value in vars(args).items():
         for text in value if isinstance(value, list) else [value]:
@@ -193,8 +193,8 @@ def _check_texts(args: argparse.Namespace) -> None:
         match = re.fullmatch(r"--([A-Za-z][A-Za-z0-9_-]*)(=.*)?", word)
         if match is None:
             raise UsageError(f"--sbatch {word!r}: expected one option in its long form, such as --sbatch=--comment='two words'")
-        if remedy := OWN["sbatch"].get(match[1]):
-            raise UsageError(f"--sbatch={word}: submit sets --{match[1]} itself ({remedy}); leave it out")
+        if remedy := set_by_submit("sbatch", match[1]):
+            raise UsageError(f"--sbatch={word}: submit sets that itself ({remedy}); leave it out")
 
 
 def _check_ranks(config: Any, nodes: int, ranks: int) -> None:

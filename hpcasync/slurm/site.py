@@ -105,7 +105,7 @@ _RANKS = {
     "ntasks-per-node": "--ranks-per-node, gpus_per_node of the profile",
     "cpus-per-task": "--cpus-per-rank, cpus_per_rank of the profile",
 }
-OWN = {
+_OWN = {
     "sbatch": {
         **_RANKS,
         "job-name": "--name",
@@ -154,8 +154,13 @@ def _check(path: Path, key: str, value: Any, annotation: str) -> None:
     for name in names:
         if not pattern.fullmatch(name):
             raise UsageError(f"--site {path}: [{key}] {name!r}: expected {words}")
-        if remedy := OWN.get(key, {}).get(name):
+        if remedy := set_by_submit(key, name):
             raise UsageError(f"--site {path}: [{key}] {name}: submit sets it itself ({remedy}); leave it out")
+
+
+def set_by_submit(command: str, option: str) -> str | None:
+    """What sets this option of ``"sbatch"`` or ``"srun"``, which also take the beginning of its name; None: a free one."""
+    return next((remedy for name, remedy in _OWN.get(command, {}).items() if name.startswith(option)), None)
 
 
 def has_control(text: str, allowed: str = "") -> bool:

@@ -58,6 +58,9 @@ def test_cached_wheel_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = wheel(folder, "horovod/torch/mpi_lib_v2.so")
     assert main(["build-horovod", "--cache", str(tmp_path), "--no-install"]) == 0
     assert capsys.readouterr().out == f"cached: {path}\n"
+    (folder / "install.log").mkdir()  # a log that can't be written: nothing is installed
+    assert main(["build-horovod", "--cache", str(tmp_path)]) == 2
+    assert f"can't write {folder}/install.log" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
