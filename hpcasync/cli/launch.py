@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import signal
 import sys
+from pathlib import Path
 from typing import Any
 
-from hpcasync.errors import UsageError
+from hpcasync.errors import UsageError, unknown
 
 
 def add(commands: Any) -> None:
@@ -30,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the job; its exit code."""
     from hpcasync.launch.job import Job, run_with_restarts
     from hpcasync.launch.library import find_library
+    from hpcasync.launch.resume import Resume
     from hpcasync.launched import Death
 
     words = args.program[1:] if args.program[:1] == ["--"] else args.program
@@ -39,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--max-restarts {args.max_restarts}: expected 0 or more")
     if not words:
         raise UsageError("launch: no command; give one after --, such as: hpcasync launch -n 4 -- train --epochs 5")
-    given = {word.partition("=")[0] for word in words}
-    if args.max_restarts and (words[0] != "train" or "--output" not in given):
-        raise UsageError("--max-restarts goes on from checkpoints: it needs `train` with --output DIR")
+    program = _program(words)
+    resume = Resume(*_resumable(words)) if args.max_restarts else None
     if args.min_ranks is not None and not (args.max_restarts and 1 <= args.min_ranks <= args.n):
         raise UsageError(
             f"--min-ranks {args.min_ranks}: expected 1 to -n {args.n}, and --max-restarts N: it is for restarts"
@@ -49,16 +52,38 @@ def run(args: argparse.Namespace) -> int:
     if args.survive and words[0] != "train":
         raise UsageError(f"--survive is for `train`, whose ranks know how to go on; found {words[0]!r}")
     library = find_library()
-    resumed = words if "--resume" in given else [*words, "--resume", "auto"]
 
     def start(count: int, deaths: list[Death] | None) -> Job:
-        program = _program(words if deaths is None else resumed)
-        return Job(library, count, program, args.survive, noted=bool(args.max_restarts), earlier=deaths)
+        more = resume.flags() if resume is not None and deaths is not None else []
+        return Job(library, count, program + more, args.survive, noted=bool(args.max_restarts), earlier=deaths)
 
-    return run_with_restarts(start, args.n, args.n if args.min_ranks is None else args.min_ranks, args.max_restarts)
+    try:
+        return run_with_restarts(start, args.n, args.n if args.min_ranks is None else args.min_ranks, args.max_restarts)
+    except KeyboardInterrupt:
+        print("hpcasync: interrupted; all ranks have been ended", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def _program(words: list[str]) -> list[str]:
     from hpcasync.cli.parser import COMMANDS
 
-    return [sys.executable, "-m", "hpcasync", *words] if words[0] in COMMANDS else words
+    if words[0] in COMMANDS:
+        return [sys.executable, "-m", "hpcasync", *words]
+    if shutil.which(words[0]) is None:
+        hint = "A program that is not on the PATH needs its path, a script `python` before it."
+        raise unknown("command", words[0], COMMANDS, hint)
+    return words
+
+
+def _resumable(words: list[str]) -> tuple[Path, str | None]:
+    """The folder that a run of `train` writes to, and what it is to go on from."""
+    from hpcasync.cli.parser import make_parser
+    from hpcasync.train.config import read_config
+
+    keys = {}
+    if words[0] == "train":
+        given = vars(make_parser(words).parse_args(words))
+        keys = (read_config(given["config"]) if given["config"] else {}) | given
+    if "output" not in keys:
+        raise UsageError("--max-restarts goes on from checkpoints: it needs `train` with --output DIR")
+    return Path(str(keys["output"])), keys.get("resume")

@@ -162,7 +162,7 @@ def run_with_restarts(start: Callable[[int, list[Death] | None], Job], count: in
     job, deaths = start(count, None), list[Death]()
     code = job.run()
     for attempt in range(1, restarts + 1):
-        if code in (0, 2, EXIT_CODE) or job.asked_to_stop:
+        if _ended_well(code) or job.asked_to_stop:
             return code
         deaths += job.deaths
         before, count = count, max(least, count - len(job.deaths))
@@ -174,7 +174,14 @@ def run_with_restarts(start: Callable[[int, list[Death] | None], Job], count: in
         )
         job = start(count, deaths)
         code = job.run()
+    if job.deaths and not _ended_well(code) and not job.asked_to_stop:
+        print(f"hpcasync: {_what_ended(code, job.deaths)}", file=sys.stderr, flush=True)
     return code
+
+
+def _ended_well(code: int) -> bool:
+    """Whether nobody died."""
+    return code in (0, 2, EXIT_CODE)
 
 
 def _what_ended(code: int, deaths: list[Death]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,34 +97,35 @@ def _train(
     survival = Survival(mode, world) if launched.survives() and world.size > 1 else None
     if survival is not None:
         world = survival.world
-    path = Path(world.gather(str(folder.path) if folder is not None else "")[0])
-    monitor = make_monitor(config, mode, path, len(batches))
-    with Progress(config.epochs, len(batches), shown=world.rank == 0, monitor=monitor) as progress:
-        run = Run(config, world, dataset, batches, model, mode, progress, folder, verification, survival)
-        keeper = Keeper(run, folder)
-        if source is not None:
-            try:
-                keeper.restore(source)
-            except UsageError:
-                mode.close()
-                raise
-            progress.resumed(run.steps)
-        run.earlier_deaths = launched.earlier_deaths(run.earlier_deaths)
-        if config.resume is not None:
-            rows = source.facts["rows"] if source is not None else []
-            _together(world, lambda: folder.begin(rows) if folder is not None else None)
-        watch_run(mode, keeper, survival)
-        if config.record:
-            try:
-                run.begin_record(path, keeper)
-            except UsageError:
-                mode.close()
-                raise
-        if slow[world.rank] > 1:
-            Slowdown(mode, slow[world.rank])
-        if survival is not None and world.rank == 0:
-            survival.told = progress.died
-            launched.now_training()
+    with ExitStack() as stack:
+        with survival.starting() if survival is not None else nullcontext():
+            path = Path(world.gather(str(folder.path) if folder is not None else "")[0])
+            monitor = make_monitor(config, mode, path, len(batches))
+            progress = stack.enter_context(Progress(config.epochs, len(batches), shown=world.rank == 0, monitor=monitor))
+            run = Run(config, world, dataset, batches, model, mode, progress, folder, verification, survival)
+            keeper = Keeper(run, folder)
+            if source is not None:
+                try:
+                    keeper.restore(source)
+                except UsageError:
+                    mode.close()
+                    raise
+                progress.resumed(run.steps)
+            run.earlier_deaths = launched.earlier_deaths(run.earlier_deaths)
+            if config.resume is not None:
+                rows = source.facts["rows"] if source is not None else []
+                _together(world, lambda: folder.begin(rows) if folder is not None else None)
+            watch_run(mode, keeper, survival)
+            if config.record:
+                try:
+                    run.begin_record(path, keeper)
+                except UsageError:
+                    mode.close()
+                    raise
+            if slow[world.rank] > 1:
+                Slowdown(mode, slow[world.rank])
+            if survival is not None and world.rank == 0:
+                survival.told = progress.died
         stopped = run.epochs(keeper)
     if stopped:
         keeper.close()
@@ -140,9 +141,7 @@ def _train(
     rule = make_rule(config.rule, config.options)
     result = result_of(config, rule, ranks, run.row, seconds=max(r["seconds"] for r in ranks), nodes=world.nodes)
     result |= {"resumed_from": keeper.resumed_from or None, "restarts": keeper.restarts}
-    if survival is not None or run.deaths:
-        result["deaths"] = run.deaths
-        result["samples_per_second"] += sum(death["samples"] for death in run.deaths) / result["seconds"]
+    result["samples_per_second"] += sum(death["samples"] for death in run.deaths) / result["seconds"]
     if keeper.reset:
         result["reset"] = list(keeper.reset)
     if config.slow:
@@ -154,6 +153,8 @@ def _train(
         result |= run.record.close(model)
 
     def finish() -> None:
+        if survival is not None or run.deaths:
+            result["deaths"] = run.deaths  # last: somebody may have died since the ranks' numbers were put together
         _together(run.world, lambda: folder.finish(result, ranks, config, world) if folder is not None else None)
 
     run.together(finish)

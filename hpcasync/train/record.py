@@ -207,7 +207,7 @@ class Record:
         return {"counts": list(self.file.rows), "full": self._full}
 
     def close(self, model: nn.Module | None = None) -> dict[str, Any]:
-        """Write the file in its final form.
+        """Write the file in its final form. Collective.
 
         Args:
             model: at the end of the run; None for a run that stopped before.
@@ -221,11 +221,14 @@ class Record:
         final = None if model is None else model_arrays(model)
         digest = "" if final is None else arrays_digest(final)
         survival = self._run.survival  # who died in earlier starts ended them: the record has been cut to the checkpoint
+        first = self._run.world.rank == 0
+        if survival is not None and first:  # rank 0 last: it tells who has died before writing a file of its own
+            survival.together(survival.star.Barrier)
         facts: dict[str, Any] = {"full": self._full, "deaths": [] if survival is None else survival.deaths}
         arrays: dict[str, np.ndarray] = {}
         if final is not None:
             facts["parameters_sha256"] = digest
-            if self._run.world.rank == 0:
+            if first:
                 arrays |= {f"final/{name}": values for name, values in final.items()}
         if survival is not None and self._meetings is not None:
             arrays |= self._meetings.arrays() | torn_arrays(survival.torn)
@@ -234,6 +237,8 @@ class Record:
         except UsageError as error:
             print(f"hpcasync: warning: {error}. The record stays in its longer form", file=sys.stderr, flush=True)
             self.file.leave()
+        if survival is not None and not first:
+            survival.together(survival.star.Barrier)
         return {"parameters_sha256": digest}
 
     def _keep(self, old: Any, counts: Sequence[int]) -> None:

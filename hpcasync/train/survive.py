@@ -10,7 +10,8 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -78,12 +79,24 @@ class Survival:
         self.deaths: list[dict[str, Any]] = []
         self.torn: list[Torn] = []
         self.told: Callable[[int], None] | None = None
+        self._training = False
         self._buried: dict[int, dict[str, Any]] = {}  # on rank 0, as they happen
         self.star = Star(world.comm, self._bury)
         self.world = world
         self._renumber()
         failure.meet_by(self._all_leave)
         atexit.register(self._leave)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """Until the ranks train a death ends the job: what they make together can't be made again."""
+        try:
+            yield
+        except (RankDied, ConnectionError):
+            os._exit(1)
+        self._training = True
+        if self._first.rank == 0:
+            launched.now_training()
 
     # While the ranks train.
 
@@ -122,6 +135,9 @@ class Survival:
         if self.told is not None:
             self.told(rank)
         at = time.strftime("%H:%M:%S", time.localtime(when))
+        if not self._training:
+            print(f"hpcasync: rank {rank} died at {at} before the ranks trained; the job ends", file=sys.stderr, flush=True)
+            os._exit(1)
         held = ", ".join(map(str, shards))
         part = f"; it held the lock of shard {held}, whose last update may be applied in part" if shards else ""
         print(

@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
 
 from hpcasync.errors import UsageError
 from hpcasync.launch.job import check_shared_memory
+from hpcasync.launch.library import COMMON
 from hpcasync.launch.processes import SHARED, Ledger
-from tests.mpi import COMMON_ENV
+from hpcasync.launch.resume import Resume
+from hpcasync.proc import started
+from tests.mpi import COMMON_ENV, TOKEN, processes_of
 
 
 def launch(*words: str | Path, timeout: float = 90) -> subprocess.CompletedProcess[str]:
@@ -30,6 +34,9 @@ def launch(*words: str | Path, timeout: float = 90) -> subprocess.CompletedProce
         (["-n", "2"], "no command"),
         (["-n", "2", "--max-restarts", "-1", "--", "true"], "expected 0 or more"),
         (["-n", "2", "--max-restarts", "1", "--", "train"], "with --output"),
+        (["-n", "2", "--max-restarts", "1", "--", "doctor", "--output", "x"], "needs `train` with --output"),
+        (["-n", "2", "--", "trian", "--epochs", "1"], "unknown command 'trian'; did you mean 'train'?"),
+        (["-n", "100000000", "--", "true"], "MiB free, 100000000 ranks need"),
         (["-n", "2", "--min-ranks", "1", "--", "train"], "expected 1 to -n 2, and --max-restarts N"),
         (["-n", "2", "--min-ranks", "3", "--max-restarts", "1", "--", "train", "--output", "x"], "--min-ranks 3: expected 1 to"),
     ],
@@ -89,6 +96,63 @@ def test_a_killed_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_exit_codes_are_those_of_the_program() -> None:
     assert launch("-n", "2", "--", "train", "--epochs", "0").returncode == 2
     assert launch("-n", "2", "--", sys.executable, "-c", "from mpi4py import MPI").returncode == 0
+
+
+def test_quiet_and_passive_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in COMMON:
+        monkeypatch.delitem(COMMON_ENV, name, raising=False)
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    program = f"import json, os; print(json.dumps({{k: os.environ[k] for k in {list(COMMON)}}}))"
+    done = launch("-n", "1", "--", sys.executable, "-c", program)
+    assert json.loads(done.stdout) == COMMON | {"GOMP_SPINCOUNT": "7"}
+
+
+def test_segments_of_a_killed_launcher_are_removed_by_the_next(tmp_path: Path) -> None:
+    """The launcher and its ranks are killed while the window is there."""
+    (tmp_path / "held.py").write_text(HELD)
+    (tmp_path / "hold").touch()
+    train = ["train", "--model", "held:net", "--checkpoint-every", "1", "--output", "run", "--threads", "1"]
+    env, token = os.environ | COMMON_ENV, uuid.uuid4().hex
+    command = [sys.executable, "-m", "hpcasync", "launch", "-n", "2", "--", *train]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env | {TOKEN: token}, cwd=tmp_path
+    )
+    page = Ledger()._folder / f"{process.pid}-{started(process.pid)}.json"
+    try:
+        deadline = time.monotonic() + 90
+        while not (list(tmp_path.glob("run/checkpoint-*.h5")) and page.exists()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        left = [Path(name) for name in json.loads(page.read_text())]
+    finally:
+        process.kill()  # first, or it would clear up
+        process.wait()
+        for pid in processes_of(token):
+            os.kill(pid, signal.SIGKILL)
+    while processes_of(token):
+        time.sleep(0.05)
+    assert any(path.exists() for path in left)
+    assert launch("-n", "1", "--", "true").returncode == 0
+    assert not any(path.exists() for path in left) and not page.exists()
+
+
+def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hpcasync", "launch", "-n", "2", "--", "sh", "-c", "echo up; sleep 100"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | COMMON_ENV)
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "hpcasync: interrupted; all ranks have been ended" in err
+
+
+def test_what_a_restart_goes_on_from(tmp_path: Path) -> None:
+    assert Resume(tmp_path, None).flags() == ["--resume", "auto"]
+    (tmp_path / "checkpoint-000007.h5").touch()
+    resume = Resume(tmp_path, "elsewhere")
+    assert resume.flags() == []  # died before it had a checkpoint of its own
+    (tmp_path / "checkpoint-000008.h5").touch()
+    assert resume.flags() == ["--resume", "auto"]
 
 
 def test_only_segments_of_own_jobs_are_removed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -44,7 +45,9 @@ def test_no_more_is_lost_than_since_the_last_checkpoint(mpirun: MpiRun, mode: st
     thread = threading.Thread(target=_kill, args=(mpirun.folder, 0, killed), daemon=True)
     thread.start()
     train = ["train", "--model", "mynet:net", "--mode", mode, "--epochs", EPOCHS, "--eval-every", EPOCHS, "--json"]
-    argv = ["launch", "-n", 2, "--max-restarts", 1, "--", *train, "--output", "run", "--checkpoint-every", EVERY]
+    where = {"output": "run", "checkpoint_every": EVERY}
+    (mpirun.folder / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in where.items()))
+    argv = ["launch", "-n", 2, "--max-restarts", 1, "--", *train, "--config", "run.toml"]
     done = mpirun.cli([str(word) for word in argv], None, timeout=150)
     thread.join()
     assert len(killed) == 1 and "restart 1 of 1" in done.stderr and processes_of(mpirun.last_token) == []

@@ -118,6 +118,50 @@ def test_the_window_dies_with_its_host(lane: Lane, tmp_path: Path) -> None:
     assert "restart 1 of 1" in err and result["restarts"] == 1 and result["updates"] == 40 * 360
 
 
+# Rank 2 is killed where the ranks begin or end what only all together can do.
+DIES = """
+import os, signal, torch, hpcasync
+from hpcasync.train.progress import Progress
+from hpcasync.train.record import Record
+
+def before(owner, name):
+    inside = getattr(owner, name)
+
+    def die(*args, **more):
+        if hpcasync.init().rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return inside(*args, **more)
+
+    setattr(owner, name, die)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+def at_start(shape, classes):
+    return before(Progress, "__init__")
+
+def at_end(shape, classes):
+    return before(Record, "close")
+"""
+
+
+def test_a_death_before_the_first_step_ends_the_job(lane: Lane, tmp_path: Path) -> None:
+    env = found_in(tmp_path, "dies", DIES)
+    with SurvivingJob(lane, tmp_path / "run", "--model", "dies:at_start", "--record", *FOREVER, env=env) as job:
+        code, _, err = job.end()
+    assert code not in (0, 2, 75) and "Traceback" not in err and "goes on" not in err, err
+    assert "rank 2 died at" in err and "before the ranks trained; the job ends" in err
+    assert "the job died with exit code" in err and "of rank 2 (" in err
+
+
+def test_a_death_in_the_last_meetings_is_told(lane: Lane, tmp_path: Path) -> None:
+    env = found_in(tmp_path, "dies", DIES)
+    with SurvivingJob(lane, tmp_path / "run", "--model", "dies:at_end", "--record", "--epochs", "2", env=env) as job:
+        code, result, err = job.end()
+    assert code == 0 and "rank 2 died at" in err, err
+    assert [death["rank"] for death in result["deaths"]] == [2] and result["ranks"] == 4
+    replayed = Replay(tmp_path / "run").run()
+    assert replayed.identical and replayed.complete, replayed
+
+
 # Rank 2 is stopped for ever at its 20th step, inside the update of a shard or while it computes.
 STOPS = """
 import os, signal, torch, hpcasync
@@ -148,7 +192,12 @@ STALL = ("--stall-seconds", "5")
 
 def stopping(folder: Path) -> dict[str, str]:
     """The variables with which `stops` is found."""
-    (folder / "stops.py").write_text(STOPS)
+    return found_in(folder, "stops", STOPS)
+
+
+def found_in(folder: Path, name: str, module: str) -> dict[str, str]:
+    """Write a module of models; the variables with which it is found."""
+    (folder / f"{name}.py").write_text(module)
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
