@@ -117,6 +117,10 @@ class Staleness:
         return {"mean": mean, "p50": quantile(0.5), "p95": quantile(0.95), "max": int(np.nonzero(self.counts)[0][-1])}
 
 
+INTERVAL_LEAST = 6
+"""Values from which there is an interval of 95 % for the median."""
+
+
 def median_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
     """The median, and the order statistics between which that of the population lies with at least this confidence.
 

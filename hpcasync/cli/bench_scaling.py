@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hpcasync.errors import UsageError
+
+BLOCK_TAKERS = {"every": {"kstep", "hierarchical"}, "collectives": {"sync", "kstep", "hierarchical"}}
+"""Which modes take a flag."""
 
 
 def add(which: Any) -> None:
@@ -36,7 +40,7 @@ def add(which: Any) -> None:
     one.add_argument("--threads", type=int, default=1, help="CPU threads per rank, the base's too (default: 1)")
     one.add_argument("--device", default="auto", help="default: auto")
     one.add_argument("--seconds", type=float, default=2.0, help="of each measurement (default: 2)")
-    one.add_argument("--rounds", type=int, default=5, help="measurements of each case, in turn (default: 5)")
+    one.add_argument("--rounds", type=int, default=6, help="measurements of each case, in turn (default: 6)")
     one.add_argument("--slow", action="append", default=[], metavar="RANK:FACTOR", help="a straggler; repeatable")
     one.add_argument("--target", type=float, default=None, metavar="ACCURACY",
                      help="also train, weak cases only, and find the time to it")  # fmt: skip
@@ -71,8 +75,14 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("batch", 1), ("global_batch", 1), ("rounds", 1), ("epochs", 1), ("threads", 1)):
         if getattr(args, name) < least:
             raise UsageError(f"--{name.replace('_', '-')}={getattr(args, name)}: expected at least {least}")
-    if not args.seconds > 0:
-        raise UsageError(f"--seconds={args.seconds}: expected a number > 0")
+    if not 0 < args.seconds < math.inf:
+        raise UsageError(f"--seconds={args.seconds}: expected a finite number > 0")
+    if args.every is not None and args.every < 1:
+        raise UsageError(f"--every={args.every}: expected at least 1")
+    modes = {name.partition(":")[0] for name in args.what}
+    for name, takers in BLOCK_TAKERS.items():
+        if getattr(args, name) is not None and not modes & takers:
+            raise UsageError(f"--{name}: it is of {', '.join(sorted(takers))}; --what has none of them")
     if args.target is not None and not 0 < args.target <= 1:
         raise UsageError(f"--target={args.target}: expected an accuracy in (0, 1], such as 0.9")
 
@@ -83,7 +93,7 @@ def _measure(args: argparse.Namespace) -> int:
     from hpcasync.comm import init, raise_together
     from hpcasync.data.atomic import check_writable, replacing
     from hpcasync.scaling.cases import BASE, make_cases, tried
-    from hpcasync.scaling.measure import seconds_to, throughput
+    from hpcasync.scaling.measure import check, seconds_to, throughput
     from hpcasync.train.slow import parse_slow
 
     world = init(device=args.device, threads=args.threads)
@@ -106,7 +116,10 @@ def _measure(args: argparse.Namespace) -> int:
     except OSError as error:
         problem = f"can't write {path}: {error.strerror}; choose another --out"
     raise_together(world, problem)
+    for case in cases:
+        check(world, case)
     factor = slow[world.rank]
+    settings = {k: v for k, v in vars(args).items() if k not in ("run", "bench", "command")}
     about = {"cores": len(os.sched_getaffinity(0)), "mpi": world.library, "torch": torch.__version__, "load": os.getloadavg()[0]}
     for turn in range(args.rounds):
         for case in cases:
@@ -121,13 +134,14 @@ def _measure(args: argparse.Namespace) -> int:
             if world.rank == 0:
                 speed = f"{row['samples_per_second']:,.0f} samples/s"
                 print(f"{turn + 1}/{args.rounds} {case.kind} {case.name}: {speed}", file=sys.stderr)
+        if world.rank == 0:  # after each round: a launch that is ended loses one at most
+            text = json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1, default=str)
+            try:
+                with replacing(path) as temporary:
+                    temporary.write_text(text + "\n")
+            except OSError as error:
+                problem = f"can't write {path}: {error.strerror}; choose another --out"
+        raise_together(world, problem)
     if world.rank == 0:
-        settings = {k: v for k, v in vars(args).items() if k not in ("run", "bench", "command")}
-        text = json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1, default=str)
-        try:
-            with replacing(path) as temporary:
-                temporary.write_text(text + "\n")
-        except OSError as error:
-            raise UsageError(f"can't write {path}: {error.strerror}; choose another --out") from error
         print(path)
     return 0

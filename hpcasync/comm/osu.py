@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from hpcasync.comm.agree import raise_together
 from hpcasync.comm.backends import make_collectives
 from hpcasync.comm.world import World
 from hpcasync.errors import UsageError
@@ -22,6 +24,7 @@ def allreduce(world: World, backend: str, sizes: Sequence[int], rounds: int) -> 
 
     The bandwidth is the buffer's size over the latency, as an application sees it.
     """
+    _check_memory(world, sizes)
     collectives = make_collectives(backend, world)
     _speak(world, f"# hpcasync allreduce, {backend}, {_where(world)}")
     for size in sizes:
@@ -34,8 +37,9 @@ def rma(world: World, sizes: Sequence[int], rounds: int) -> None:
     """Time put, get and fetch-and-op from the last rank to the memory of rank 0, each with its flush. Collective.
 
     Raises:
-        UsageError: fewer than two ranks.
+        UsageError: fewer than two ranks; sizes that do not fit into memory.
     """
+    _check_memory(world, sizes)
     if world.size < 2:
         raise UsageError("bench rma needs at least 2 ranks: mpiexec -n 2 hpcasync bench rma")
     from mpi4py import MPI
@@ -71,6 +75,19 @@ def rma(world: World, sizes: Sequence[int], rounds: int) -> None:
             _row(world, size, _time(world, lambda: operation(size) if active else None, rounds))  # noqa: B023
     window.Unlock_all()
     window.Free()
+
+
+def _check_memory(world: World, sizes: Sequence[int]) -> None:
+    """Raise ``UsageError`` on every rank if a node's ranks can't have a buffer of the largest size each, and a copy of it."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    need, problem = 2 * max(sizes) * world.local_size, None
+    if need > free:
+        problem = (
+            f"--sizes: {max(sizes)} bytes on {world.local_size} ranks of a node need {need / 2**30:,.1f} GiB with their copies, "
+            f"{free / 2**30:,.1f} GiB are free; leave the largest out"
+        )
+    raise_together(world, problem)
 
 
 def _time(world: World, work: Callable[[], Any], rounds: int) -> float:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hpcasync.comm import World
+from hpcasync.comm import World, raise_together
 from hpcasync.data import Loader
+from hpcasync.errors import UsageError
 from hpcasync.modes import Mode
 from hpcasync.modes.local import torch_optimizer
 from hpcasync.rules import make_rule
@@ -31,6 +32,23 @@ EVALUATIONS = 8
 """Per epoch, while the time to an accuracy is measured."""
 
 Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def check(world: World, case: Case) -> None:
+    """Build what a case needs, and nothing more: bad input is found before anything is measured. Collective.
+
+    Raises:
+        UsageError: on every rank, if one found it.
+    """
+    problem, made = None, None
+    try:
+        made = prepare(case.config, world)
+    except UsageError as error:
+        problem = f"{case.kind} {case.name}: {error}"
+    raise_together(world, problem)
+    assert made is not None
+    if case.name != BASE:
+        make_mode(case.config, made[2], world).close()
 
 
 def throughput(world: World, case: Case, seconds: float, factor: float = 1.0) -> dict[str, Any]:

@@ -15,13 +15,16 @@ import numpy as np
 from hpcasync.data.atomic import replacing
 from hpcasync.errors import UsageError, damaged
 from hpcasync.scaling.cases import BASE, KINDS
-from hpcasync.stats import median_interval
+from hpcasync.stats import INTERVAL_LEAST, median_interval
 
 COLUMNS = (
     "kind", "what", "ranks", "nodes", "batch", "rounds", "samples_per_second", "low", "high", "efficiency", "compute",
     "communicate", "wait", "staleness", "own", "lr", "to_target", "epochs_to_target", "reached",
 )  # fmt: skip
 _KEY = ("kind", "what", "ranks", "nodes", "batch")
+_BASE_SETTINGS = ("data", "model", "threads", "device")
+_SETTINGS = (*_BASE_SETTINGS, "every", "collectives", "slow")
+"""Of a launch: cases that differ in them are lines of their own, and only those of ``_BASE_SETTINGS`` concern the base."""
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -37,33 +40,40 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for path in files:
         with damaged(f"{path} is no measurement of hpcasync bench scaling", "measure again"):
-            for row in json.loads(path.read_text())["rows"]:
-                rows.append({**{key: row[key] for key in _KEY}, **row})
+            measured = json.loads(path.read_text())
+            settings = {key: measured.get("settings", {}).get(key) for key in _SETTINGS}
+            for row in measured["rows"]:
+                rows.append({**{key: row[key] for key in _KEY}, **row, **settings})
     return rows
 
 
 def tabulate(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line per case with `COLUMNS`: medians over the rounds, and an interval of 95 % around that of the throughput.
+    """One line per case with `COLUMNS`: medians over the rounds, and an interval of 95 % around that of the throughput (below
+    six rounds the extremes). Launches with other settings are other cases, named after what differs.
 
     ``efficiency`` is the throughput over the number of ranks times that of the plain torch loop in one process, with the
     same batch in weak scaling and with the whole one in strong; NaN where that was not measured. ``lr`` is the learning rate with
     the shortest median time to the target accuracy, where a training that has not come to it counts as endless;
     ``reached`` how many of its trainings have.
     """
+    rows = [{**row} | {key: str(row.get(key) or "") for key in _SETTINGS} for row in rows]
+    mixed = [key for key in _SETTINGS if len({row[key] for row in rows}) > 1]
     cases: dict[tuple[Any, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        cases[tuple(row[key] for key in _KEY)].append(row)
+        cases[tuple(row[key] for key in (*_KEY, *_SETTINGS))].append(row)
 
     def median(case: Sequence[Mapping[str, Any]], name: str) -> float:
         values = [row[name] for row in case if row.get(name) is not None]
         return float(np.median(values)) if values else float("nan")
 
     alone = [(key, case) for key, case in cases.items() if key[1] == BASE]
-    base = {(key[0], key[-1]): median(case, "samples_per_second") for key, case in alone}
+    base = {(key[0], key[4], *(case[0][k] for k in _BASE_SETTINGS)): median(case, "samples_per_second") for key, case in alone}
     lines = []
     for key, case in cases.items():
-        line = dict(zip(_KEY, key, strict=True))
-        one = base.get((line["kind"], line["batch"] * (line["ranks"] if line["kind"] == "strong" else 1)), float("nan"))
+        line = dict(zip(_KEY, key, strict=False))
+        whole = line["batch"] * (line["ranks"] if line["kind"] == "strong" else 1)
+        one = base.get((line["kind"], whole, *(case[0][k] for k in _BASE_SETTINGS)), float("nan"))
+        line["what"] += "".join(f", {name} {case[0][name]}" for name in mixed if case[0][name])
         speed, low, high = median_interval([row["samples_per_second"] for row in case])
         line |= {"rounds": len(case), "samples_per_second": speed, "low": low, "high": high}
         line["efficiency"] = speed / one / line["ranks"]
@@ -71,7 +81,11 @@ def tabulate(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line |= _trained([training for row in case for training in row.get("trainings", [])])
         lines.append(line)
     order = {kind: i for i, kind in enumerate(KINDS)}
-    return sorted(lines, key=lambda line: (order[line["kind"]], line["what"] != BASE, line["what"], line["ranks"], line["nodes"]))
+    return sorted(lines, key=lambda line: (order[line["kind"]], not _is_base(line), line["what"], line["ranks"], line["nodes"]))
+
+
+def _is_base(line: Mapping[str, Any]) -> bool:
+    return str(line["what"]).split(", ")[0] == BASE
 
 
 def _trained(trainings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -103,7 +117,7 @@ def write_table(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
     kinds = [kind for kind in KINDS if any(line["kind"] == kind for line in lines)]
     axes = figure.subplots(len(kinds), 2, squeeze=False)
     for (left, right), kind in zip(axes, kinds, strict=True):
-        for what in dict.fromkeys(line["what"] for line in lines if line["kind"] == kind and line["what"] != BASE):
+        for what in dict.fromkeys(line["what"] for line in lines if line["kind"] == kind and not _is_base(line)):
             mine = [line for line in lines if (line["kind"], line["what"]) == (kind, what)]
             x, y = [line["ranks"] for line in mine], np.array([line["samples_per_second"] for line in mine])
             bars = np.abs([y - [line["low"] for line in mine], [line["high"] for line in mine] - y])
@@ -125,8 +139,11 @@ def write_table(lines: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 def markdown(lines: Sequence[Mapping[str, Any]]) -> str:
     """The table for people."""
     trained = any(line["reached"] for line in lines)
+    few = any(line["rounds"] < INTERVAL_LEAST for line in lines)
+    spread = "lowest - highest" if all(line["rounds"] < INTERVAL_LEAST for line in lines) else "95 % interval"
+    spread += f", below {INTERVAL_LEAST} rounds lowest - highest" if few and spread.startswith("95") else ""
     head = (
-        "scaling", "what", "ranks", "nodes", "batch", "samples/s", "95 % interval", "efficiency",
+        "scaling", "what", "ranks", "nodes", "batch", "samples/s", spread, "efficiency",
         "compute / communicate / wait", "staleness", *(("lr", "s to target", "epochs to it", "reached") if trained else ()),
     )  # fmt: skip
     text = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]

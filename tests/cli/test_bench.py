@@ -36,6 +36,8 @@ def test_bad_input(mpirun: MpiRun) -> None:
     for flags, text in (
         (["rma"], "bench rma needs at least 2 ranks"),
         (["allreduce", "--sizes", "4X"], "--sizes 4X: expected bytes"),
+        (["allreduce", "--sizes", "4", "9000G"], "leave the largest out"),
+        (["rma", "--sizes", "9000G"], "leave the largest out"),
         (["allreduce", "--rounds", "0"], "--rounds=0: expected at least 1"),
         (["allreduce", "--collectives", "mpl"], "did you mean 'mpi'"),
     ):

@@ -60,6 +60,12 @@ BAD = {
     "--target 90": ["--target", "0.9"],
     "--lr -1": ["lr", "-1"],
     "--what async:adam": ["adam"],
+    "--seconds inf": ["--seconds", "finite"],
+    "--every 0": ["--every", "at least 1"],
+    "--every 4 --what sync": ["--every", "kstep"],
+    "--what sync:easgd": ["easgd"],
+    "--what sync hierarchical:easgd": ["easgd"],
+    "--batch 99999999": ["99999999"],
     "--data nothing": ["nothing"],
     "--out /proc/x": ["/proc/x"],
 }

@@ -45,6 +45,24 @@ def test_medians_and_efficiencies_by_hand() -> None:
     assert [line["what"] for line in tabulate(ROWS)] == ["torch", "sync", "torch", "async:asgd"]
 
 
+def test_other_settings_are_other_cases(tmp_path: Path) -> None:
+    for number, model in enumerate(("mlp", "logistic")):
+        rows = [row("weak", "torch", 1, 32, 10.0 * 10**number), row("weak", "sync", 1, 32, 5.0 * 10**number)]
+        measured = {"rows": rows, "settings": {"model": model, "data": "digits", "slow": []}}
+        (tmp_path / f"ranks-1-nodes-1-{number}.json").write_text(json.dumps(measured))
+    lines = tabulate(read_rows(tmp_path))
+    assert [line["what"] for line in lines] == [
+        "torch, model logistic", "torch, model mlp", "sync, model logistic", "sync, model mlp",
+    ]  # fmt: skip
+    assert [line["efficiency"] for line in lines] == [1, 1, 0.5, 0.5]
+
+
+def test_an_interval_needs_six_rounds() -> None:
+    few, many = (tabulate([row("weak", "sync", 2, 32, 5.0)] * n) for n in (5, 6))
+    assert "| lowest - highest |" in markdown(few) and "| 95 % interval |" in markdown(many)
+    assert "| 95 % interval, below 6 rounds lowest - highest |" in markdown(few + many)
+
+
 def test_no_base_no_efficiency() -> None:
     (line,) = tabulate([row("weak", "sync", 2, 32, 5.0)])
     assert math.isnan(line["efficiency"])
