@@ -197,7 +197,6 @@ def test_gasgd_on_two_ranks_goes_its_own_way(mpirun: MpiRun) -> None:
     assert ranks[0][0] == ranks[1][0] and np.isfinite(ranks[0][0]).all()
     for rank, (_, gradients, replays, updates) in enumerate(ranks):
         assert gradients == replays > 0 and updates == 40 + 10 * rank + replays
-    assert loss_of(np.array(ranks[0][0]), data(9, 200)) < np.log(CLASSES)
 
 
 def test_scores_leave_training_alone() -> None:
