@@ -22,7 +22,8 @@ ABORTED = "aborted"
 
 Death = dict[str, Any]
 """Of a rank that was killed or hung: ``rank`` (its number in that start of the job), ``time`` (seconds since 1970), ``samples``,
-``updates`` of its own (0 where others count them), ``shards`` whose lock it held; where known ``epoch``, ``step``, ``cause``."""
+``updates`` of its own (0 where others count them), ``shards`` whose lock it held; where known ``epoch``, ``step``,
+``recorded`` (the step in its record), ``cause``."""
 
 
 def survives() -> bool:
@@ -69,6 +70,12 @@ def note_death(of: Death) -> None:
             page = Path(folder) / f"{DEATH}{of['rank']}"
             page.with_suffix(".tmp").write_text(json.dumps(of))
             page.with_suffix(".tmp").rename(page)
+
+
+def place_of(of: Death) -> str:
+    """Where a rank died, in words; steps of a record count from the run's begin, as those of `replay --inspect` do."""
+    recorded = f" (step {of['recorded']} of its record)" if of.get("recorded") else ""
+    return f"epoch {of['epoch']}, step {of['step']}{recorded}"
 
 
 def note_hung(ranks: Iterable[int]) -> None:

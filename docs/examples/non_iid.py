@@ -1,4 +1,4 @@
-"""Each rank has five of the ten digits: GSGM against plain asynchronous SGD."""
+"""Each rank has five of the ten digits: GSGM against plain asynchronous SGD. Start it with mpiexec -n 4, or -n 2."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ for rule in (ha.rules.ASGD(lr=0.05), ha.rules.GSGM(lr=0.05)):
     model = ha.models.build("mlp", (1, 8, 8), 10).to(world.device)
     optimizer = ha.Async(model, rule, world=world)
     batches = ha.data.loader("digits", world, batch=32, partition="shards:5")
-    for epoch in range(3):
+    for epoch in range(10):
         batches.set_epoch(epoch)
         for x, y in batches:
             optimizer.zero_grad()

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _replay(folder: Path, until: int | None, options: dict[str, Any]) -> dict[str, Any]:
+    from hpcasync.launched import place_of
     from hpcasync.replay.deaths import deaths_of
     from hpcasync.replay.replay import Replay
 
@@ -61,7 +62,7 @@ def _replay(folder: Path, until: int | None, options: dict[str, Any]) -> dict[st
     for death in deaths_of(replay.records):
         inside = f", inside its update of shards {death['shards']}: what there was of it is in the record"
         inside *= bool(death["shards"])
-        print(f"Rank {death['rank']} died in epoch {death['epoch']}, step {death['step']}{inside}")
+        print(f"Rank {death['rank']} died in {place_of(death)}{inside}")
     if until is None and not outcome.complete:
         print("The record does not reach the end of the run: replayed as far as it goes")
         for place in outcome.stopped_at:
@@ -76,7 +77,8 @@ def _replay(folder: Path, until: int | None, options: dict[str, Any]) -> dict[st
         "steps": [max([0, *r.record.events["step"][: r.at].tolist()]) for r in replay.ranks],
         "stopped_at": outcome.stopped_at,
         "parameters_sha256": outcome.parameters_sha256,
-        "recorded_sha256": replay.records[0].end.get("parameters_sha256"),
+        # Of the run's end: nothing to compare with before that.
+        "recorded_sha256": replay.records[0].end.get("parameters_sha256") if outcome.complete else None,
     }
 
 

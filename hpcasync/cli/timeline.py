@@ -35,11 +35,15 @@ def run(args: argparse.Namespace) -> int:
     steps = None
     if args.steps is not None:
         found = re.fullmatch(r"(\d+):(\d+)", args.steps)
-        if found is None or int(found[1]) > int(found[2]):
-            raise UsageError(f"--steps {args.steps}: expected FIRST:LAST, such as 100:200")
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise UsageError(f"--steps {args.steps}: expected FIRST:LAST, such as 100:200; steps count from 1")
         steps = int(found[1]), int(found[2])
     path = args.run_folder / "trace.json" if args.output is None else args.output
-    count = write_timeline(read_record(args.run_folder), path, steps)
+    records = read_record(args.run_folder)
+    longest = max(len(record.steps) for record in records)
+    if steps is not None and steps[0] > longest:
+        raise UsageError(f"--steps {args.steps}: no rank of {args.run_folder} made more than {longest} steps")
+    count = write_timeline(records, path, steps)
     print(f"{path}: {count:,} entries; open it at https://ui.perfetto.dev")
     if count > MANY:
         print("That is much for a browser: --steps FIRST:LAST writes a part")

@@ -32,8 +32,10 @@ def replacing(path: Path, *, needed: int = 0) -> Iterator[Path]:
         needed: bytes about to be written, checked against the free space before anything is.
 
     Raises:
-        UsageError: no space, or no permission to write there.
+        UsageError: no space, no permission to write there, or a folder is there.
     """
+    if not path.name or path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; expected the name of a file, in it or elsewhere")
     temp = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,6 +100,9 @@ def _explain(error: OSError | RuntimeError, path: Path) -> Exception:
         isinstance(error, OSError) and error.errno == errno.EROFS
     ):
         return UsageError(f"cannot write {path}: {error.strerror or error}; choose a folder you may write to")
-    if isinstance(error, FileNotFoundError) and path.name in str(error.filename):
+    # Of what the caller does meanwhile a missing file is another matter.
+    if isinstance(error, FileNotFoundError) and (
+        path.name in str(error.filename) or Path(str(error.filename)) in path.parents
+    ):
         return UsageError(f"cannot write {path}: its folder has gone, or holds no files; choose another folder")
     return error

@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hpcasync.launched import place_of
 from hpcasync.rules import RULES
 
 
-def death_sentences(deaths: Sequence[Mapping[str, Any]], config: Mapping[str, Any], began: float | None) -> list[str]:
+def death_sentences(deaths: Sequence[dict[str, Any]], config: Mapping[str, Any], began: float | None) -> list[str]:
     """Per death who, when and where, what was given free, and who has its data now.
 
     Args:
@@ -39,7 +40,7 @@ def death_sentences(deaths: Sequence[Mapping[str, Any]], config: Mapping[str, An
             how = "all samples dealt anew" if whole else "the others keep their own parts, with an equal share each of this one"
             data = f"the rest of its part of this epoch was not trained on; {how} from epoch {death['epoch'] + 1} on"
         sentences.append(
-            f"Rank {death['rank']} died at {when}{after} in epoch {death['epoch']}, step {death['step']}, with "
+            f"Rank {death['rank']} died at {when}{after} in {place_of(death)}, with "
             f"{death['updates']} updates made of {death['samples']} samples. Given free: {free}. Its data: {data}."
         )
     return sentences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Sequence
@@ -124,8 +125,29 @@ def band(axis: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], label: str,
             axis.plot(x, y, marker=".", color=colour, label="" if i else label)
         return
     values = np.stack([np.interp(grid, x, y) for x, y in lines])
+    if len(grid) == 1:
+        mean = values.mean(0)
+        ends = np.stack([mean - values.min(0), values.max(0) - mean]).clip(0)
+        axis.errorbar(grid, mean, yerr=ends, fmt=".", capsize=3, color=colour, label=label)
+        return
     axis.plot(grid, values.mean(0), color=colour, label=label)
     axis.fill_between(grid, values.min(0), values.max(0), color=colour, alpha=0.25, linewidth=0)
+
+
+def at_evaluations(runs: Sequence[Run], x: str, y: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Lines over one x: the mean of the runs' own, at the evaluations after epochs that all of them have.
+
+    Runs differ in what they take for an epoch; short ones may be at no time under way together. Where no epoch has an
+    evaluation of all, each line is over its own x.
+    """
+    runs = [run for run in runs if len(run.curves["epoch"])]
+    every = [np.unique(run.curves["epoch"]) for run in runs]
+    common = functools.reduce(np.intersect1d, every) if every else np.empty(0)
+    if not len(common):
+        return [(run.curves[x], run.curves[y]) for run in runs]
+    at = [np.intersect1d(run.curves["epoch"], common, return_indices=True)[1] for run in runs]
+    mean = np.mean([run.curves[x][i] for run, i in zip(runs, at, strict=True)], axis=0)
+    return [(mean, run.curves[y][i]) for run, i in zip(runs, at, strict=True)]
 
 
 def whole_ticks(axis: Axes) -> None:

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpcasync.modes.recorder import Event
-from hpcasync.report.draw import COLOURS, INK, LINES, Group, Plot, band, legend, new_figure, seconds_label, style, whole_ticks
+from hpcasync.report.draw import (
+    COLOURS,
+    INK,
+    LINES,
+    Group,
+    Plot,
+    at_evaluations,
+    band,
+    legend,
+    new_figure,
+    seconds_label,
+    style,
+    whole_ticks,
+)  # fmt: skip
 from hpcasync.report.inside import inside_plots
 from hpcasync.report.run import Run
 
@@ -20,6 +33,10 @@ if TYPE_CHECKING:
 SHARES = {"compute": COLOURS[0], "communicate": COLOURS[1], "wait": COLOURS[-1], "copy": COLOURS[2]}
 WINDOW = 60
 """Updates in the picture of their order."""
+TAIL = 1.5
+"""A histogram that is so many times as long as what 99 % of it need is cut there,"""
+LEAST = 10
+"""but not below so many entries."""
 BARS = 40
 """Bars that have a height of their own; more get thinner."""
 
@@ -57,7 +74,7 @@ def _curves(groups: Sequence[Group], column: str, title: str) -> Plot:
     for x, label_x in axes.items():
         figure, axis = new_figure()
         for number, group in enumerate(groups):
-            lines = [(run.curves[x], scale * run.curves[column]) for run in group.runs]
+            lines = [(at, scale * values) for at, values in at_evaluations(group.runs, x, column)]
             band(axis, lines, _label(group), COLOURS[number % LINES])
         style(axis, xlabel=label_x, ylabel="%" if scale == 100 else "loss")
         if x == "epoch":
@@ -65,7 +82,8 @@ def _curves(groups: Sequence[Group], column: str, title: str) -> Plot:
         legend(axis)
         panels[x] = figure
     several = any(group.many for group in groups)
-    return Plot(column, title, "Line: mean; band: lowest to highest." if several else "A point per evaluation.", panels)
+    note = "Line: mean at equal evaluations, of updates and seconds too; band: lowest to highest."
+    return Plot(column, title, note if several else "A point per evaluation.", panels)
 
 
 def _throughput(groups: Sequence[Group]) -> Plot:
@@ -73,15 +91,16 @@ def _throughput(groups: Sequence[Group]) -> Plot:
     for number, group in enumerate(groups):
         lines = []
         for run in group.runs:
-            spent, done = (np.diff(run.curves[name], prepend=0.0) for name in ("seconds", "updates"))
-            there = spent > 0
+            spent, done = (np.diff(run.curves[name], prepend=0.0) for name in ("seconds", "samples"))
+            there = (spent > 0) & np.isfinite(done)
             lines.append((run.curves["epoch"][there], done[there] / spent[there]))
         band(axis, lines, _label(group), COLOURS[number % LINES])
-    style(axis, xlabel="epochs", ylabel=f"updates / ({seconds_label(groups)})")
+    seconds = seconds_label(groups)
+    style(axis, xlabel="epochs", ylabel="samples/s" if seconds == "seconds" else f"samples / ({seconds})")
     whole_ticks(axis)
     axis.set_ylim(bottom=0)
     legend(axis)
-    return Plot("throughput", "Throughput", "Updates of all ranks, per second of training between two evaluations.", {"": figure})
+    return Plot("throughput", "Throughput", "Samples of all ranks per second of training, between two evaluations.", {"": figure})
 
 
 def _with_ranks(group: Group, column: str) -> tuple[list[Run], str]:
@@ -137,10 +156,14 @@ def _staleness(group: Group, of: str, stem: str) -> Plot | None:
     for share, table in zip(shares, tables, strict=True):
         counts = table[:, :widest]
         share[:, : counts.shape[1]] = 100 * counts / np.maximum(1, counts.sum(1, keepdims=True))
+    shown = _bulk(shares.sum((0, 1)))
+    if shown < widest:
+        which += f" Cut at {shown - 1}: 1 % of the updates or less are beyond, up to {widest - 1}."
+    shares = shares[:, :, :shown]
     figure, axis = new_figure()
-    if len(ranks) <= LINES:
+    if ranks.min() >= 0 and ranks.max() < LINES:  # a rank has its colour in all plots, also where others have died
         for i, rank in enumerate(ranks):
-            _histogram(axis, shares[:, i], f"rank {rank}", COLOURS[i])
+            _histogram(axis, shares[:, i], f"rank {rank}", COLOURS[int(rank)])
         which += " Band: lowest to highest." if len(runs) > 1 else ""
     else:
         _histogram(axis, shares.mean(0), "", COLOURS[0])
@@ -151,6 +174,12 @@ def _staleness(group: Group, of: str, stem: str) -> Plot | None:
     legend(axis, ncols=2)
     note = f"Updates of others between a rank's read and its write.{which}"
     return Plot(f"staleness-{stem}", f"Staleness{of}", note, {"": figure})
+
+
+def _bulk(shares: np.ndarray) -> int:
+    """How many entries of a histogram to show: all, but for a long tail that holds 1 % or less."""
+    most = 1 + int(np.searchsorted(np.cumsum(shares), 0.99 * shares.sum()))
+    return len(shares) if len(shares) <= max(TAIL * most, LEAST) else max(most + 1, LEAST)
 
 
 def _histogram(axis: Axes, shares: np.ndarray, label: str, colour: str) -> None:
@@ -176,7 +205,7 @@ def _order(group: Group, of: str, stem: str) -> Plot | None:
     figure, axis = new_figure(height=1.2 + 0.25 * min(len(times), BARS))
     for i, own in enumerate(times):
         inside = own[(own >= window[0]) & (own <= window[-1])]
-        axis.scatter(1e3 * (inside - window[0]), np.full(len(inside), i), marker="|", s=90, color=COLOURS[i % LINES])
+        axis.scatter(1e3 * (inside - window[0]), np.full(len(inside), i), marker="|", s=90, color=COLOURS[ranks[i] % LINES])
     style(axis, xlabel="milliseconds", ylabel="rank")
     some = np.arange(len(ranks))[:: -(-len(ranks) // BARS)]
     axis.set_yticks(some, [str(ranks[i]) for i in some], fontsize=8)

@@ -17,7 +17,7 @@ from hpcasync.report.from_record import ranks_of_records
 from hpcasync.train.checkpoint_folder import checkpoints
 from hpcasync.train.lock import holder_of
 from hpcasync.train.record_file import FOLDER, RankRecord, read_rank
-from hpcasync.train.records import CURVES, inside_tables
+from hpcasync.train.records import CURVES, SAMPLES, inside_tables, samples_of
 from hpcasync.train.step_log import unfinished
 
 FILES = ("config.toml", "metrics.jsonl", "run.h5", FOLDER)
@@ -36,7 +36,7 @@ class Run:
         config: resolved.
         result: what ``--json`` printed; empty while the run is not finished.
         environment: versions and machine.
-        curves: by ``CURVES``, one entry per evaluation.
+        curves: by ``CURVES`` and ``SAMPLES``, one entry per evaluation.
         inside: by the names of ``hpcasync.train.inside.INSIDE``: columns, and float64 (evaluations, columns).
         ranks: the columns of ``ranks/`` in ``run.h5``, one entry per rank; of a run that is not finished what the records
             tell: ``rank``, ``compute``, ``communicate``, ``wait``, ``staleness``.
@@ -49,7 +49,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     result: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    curves: dict[str, np.ndarray] = field(default_factory=lambda: {name: np.empty(0) for name in CURVES})
+    curves: dict[str, np.ndarray] = field(default_factory=lambda: {name: np.empty(0) for name in (*CURVES, SAMPLES)})
     inside: dict[str, Table] = field(default_factory=dict)
     ranks: dict[str, np.ndarray] = field(default_factory=dict)
     records: list[RankRecord] = field(default_factory=list)
@@ -138,6 +138,8 @@ def _read_finished(run: Run) -> None:
         run.config, run.result = json.loads(file.attrs["config"]), json.loads(file.attrs["result"])
         run.environment = json.loads(file.attrs["environment"])
         run.curves = {name: file[f"curves/{name}"][:] for name in CURVES}
+        known = f"curves/{SAMPLES}" in file
+        run.curves[SAMPLES] = file[f"curves/{SAMPLES}"][:] if known else np.full(len(run.curves["epoch"]), np.nan)
         run.inside = {n: (json.loads(data.attrs["columns"]), data[:]) for n, data in file.get("inside", {}).items()}
         run.ranks = {name: values[:] for name, values in file["ranks"].items()}
         run.ranks.setdefault("rank", np.arange(len(run.ranks["seconds"])))
@@ -167,7 +169,7 @@ def _read_unfinished(run: Run) -> None:
         with damaged(f"{metrics}: can't be read", "look at its permissions"):
             lines = metrics.read_bytes().split(b"\n")[:-1]  # the last one may be half written
         rows = [row for line in lines if (row := _evaluation(line)) is not None]
-        run.curves = {n: np.array([row[n] for row in rows], np.float64) for n in CURVES}
+        run.curves = {n: np.array([row[n] for row in rows], np.float64) for n in CURVES} | {SAMPLES: samples_of(rows)}
         run.inside = inside_tables(rows)
         if len(rows) < len(lines):
             run.missing.append(f"{len(lines) - len(rows)} of {len(lines)} lines of metrics.jsonl are damaged and left out")
@@ -199,7 +201,7 @@ def _evaluation(line: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl, None for a damaged one: what a machine leaves that went down may be anything."""
     try:
         row = json.loads(line)
-        numbers = [np.array([row[name] for name in CURVES], np.float64)]
+        numbers = [np.array([row[name] for name in CURVES], np.float64), samples_of([row])]
         tables = [values[0] for _, values in inside_tables([row]).values()]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None

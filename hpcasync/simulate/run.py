@@ -131,6 +131,7 @@ class _Watch:
             "epoch": epoch,
             "updates": float(simulation.updates),
             "seconds": seconds,
+            "samples": float(simulation.total_samples),
             "train_loss": loss / samples if samples else float("nan"),
             "test_loss": test_loss,
             "test_accuracy": accuracy,

@@ -47,10 +47,11 @@ class Board:
         if self._relay is not None:
             self._relay.turn()
 
-    def bury(self, rank: int) -> None:
-        """Tell of another rank that it has died."""
+    def bury(self, rank: int, updates: float | None = None) -> None:
+        """Tell of another rank that it has died, after so many updates; None for those that it has told of."""
         row = read_rows(self._memory, [rank])[0]
-        write_row(self._memory, rank, row._replace(state=State.DIED, speed=0.0), 0)
+        row = row._replace(state=State.DIED, speed=0.0, updates=row.updates if updates is None else updates)
+        write_row(self._memory, rank, row, 0)
 
     def read(self) -> list[Row]:
         """All ranks' rows, as far as they are known here."""

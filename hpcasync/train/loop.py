@@ -110,7 +110,7 @@ def _train(
                 except UsageError:
                     mode.close()
                     raise
-                progress.resumed(run.steps)
+                progress.resumed(run.steps, sum(death["updates"] for death in run.deaths))
             run.earlier_deaths = launched.earlier_deaths(run.earlier_deaths)
             if config.resume is not None:
                 rows = source.facts["rows"] if source is not None else []
@@ -313,7 +313,8 @@ class Run:
             self.progress.step(self.epoch, self.step, value, len(y))
             self.log.step()
             if self.survival is not None:
-                self.survival.note(self.epoch, self.step, self.samples + self.seen, self.mode.updates)
+                recorded = 0 if record is None else record.steps
+                self.survival.note(self.epoch, self.step, self.samples + self.seen, self.mode.updates, recorded)
             if record is not None:
                 record.step_ends(value)
             if keeper.after_step():
@@ -336,6 +337,7 @@ class Run:
             "epoch": epoch,
             "updates": updates,
             "seconds": seconds,
+            "samples": totals[0],
             "train_loss": loss[0] / loss[1],
             "test_loss": test_loss,
             "test_accuracy": accuracy,

@@ -95,6 +95,7 @@ class Monitor:
         facts = Facts(title or mode.mode, self._world.size, steps, epochs, terminal.owner if terminal else 0)
         self._screen = _start_screen(self._board, facts, terminal) if self._board and terminal else None
         self._samples, self._losses, self._steps, self._epoch = 0, 0.0, 0, 1
+        self._gone = 0.0
         self._marks = deque([self._mark()], WINDOW)
         self._next = self._pointed = 0.0
 
@@ -133,15 +134,25 @@ class Monitor:
             self._tell(State.MEETS, time.monotonic())
             self._next = 0.0
 
-    def died(self, rank: int) -> None:
-        """Tell of a rank that has died, by its number at the start; rank 0 tells. From any thread."""
+    def died(self, rank: int, updates: float | None = None) -> None:
+        """Tell of a rank that has died, by its number at the start; rank 0 tells. From any thread.
+
+        Args:
+            rank: that died.
+            updates: that it had made; None for as many as it has told of.
+        """
         board = self._board
         if board is not None and self._world.rank == 0:
-            board.bury(rank)
+            board.bury(rank, updates)
 
-    def resumed(self, steps: int) -> None:
-        """Tell that the run goes on after so many steps of this rank. Collective."""
-        self._steps = steps
+    def resumed(self, steps: int, gone: float = 0) -> None:
+        """Tell that the run goes on after so many steps of this rank. Collective.
+
+        Args:
+            steps: of this rank.
+            gone: updates of ranks that have died before.
+        """
+        self._steps, self._gone = steps, gone
         self._marks = deque([self._mark()], WINDOW)
         if self._board is not None:
             self._tell(State.STARTS, time.monotonic())
@@ -226,17 +237,19 @@ class Monitor:
             return 0.0
         rows = self._board.read()
         updates = self._sum([row.updates for row in rows])
-        if not all(row.time for row in rows):  # the sum is less than what is known later
+        alive = living(rows)
+        if not all(row.time for row in alive):  # the sum is less than what is known later
             return updates
         self._pointed = now
-        slow, alive = slowest(rows, now), living(rows)
+        slow = slowest(rows, now)
         self._files.scalars(_curves(alive) | ({} if slow is None else {"speed/slowest_rank": slow}), updates)
         for rank, row in enumerate(rows if 1 < len(rows) <= CURVES else []):
-            self._files.scalars(_curves([row]), updates, f"rank{rank}")
+            if row.state != State.DIED:
+                self._files.scalars(_curves([row]), updates, f"rank{rank}")
         return updates
 
     def _sum(self, updates: list[float]) -> float:
-        return updates[0] if self._mode.mode == "sync" else sum(updates)
+        return updates[0] if self._mode.mode == "sync" else sum(updates) + self._gone
 
 
 def _curves(rows: Sequence[Row]) -> dict[str, float]:

@@ -56,10 +56,10 @@ class Progress:
         if self._monitor is not None:
             self._monitor.__exit__(kind, error, trace)
 
-    def resumed(self, steps: int) -> None:
-        """Tell that so many steps were made before. Collective with a monitor."""
+    def resumed(self, steps: int, gone: float) -> None:
+        """Tell that so many steps were made before, and updates by ranks that have died. Collective with a monitor."""
         if self._monitor is not None:
-            self._monitor.resumed(steps)
+            self._monitor.resumed(steps, gone)
         if self._bar is not None:
             self._bar.update(self._task, completed=steps)
 
@@ -83,10 +83,10 @@ class Progress:
         if self._monitor is not None:
             self._monitor.meets()
 
-    def died(self, rank: int) -> None:
-        """Tell of a rank that has died, by its number at the start."""
+    def died(self, rank: int, updates: int) -> None:
+        """Tell of a rank that has died after so many updates, by its number at the start."""
         if self._monitor is not None:
-            self._monitor.died(rank)
+            self._monitor.died(rank, updates)
 
     def evaluated(self, row: dict[str, float], speed: float) -> None:
         """Tell of an evaluation."""

@@ -98,6 +98,11 @@ class Record:
         if resumed is not None:
             self.event(Event.RESUME, self._mark, 0.0)
 
+    @property
+    def steps(self) -> int:
+        """Steps in it, with one that is under way."""
+        return self.file.rows[STEPS]
+
     # Of a step.
 
     def starts(self) -> None:

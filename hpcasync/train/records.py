@@ -26,6 +26,8 @@ from hpcasync.train.step_log import unfinished, write_steps
 FORMAT, VERSION = "hpcasync-run", 1
 CURVES = ("epoch", "updates", "seconds", "train_loss", "test_loss", "test_accuracy")
 """Columns of ``curves/`` in the run file, one entry per evaluation."""
+SAMPLES = "samples"
+"""A column of ``curves/`` that a run of an earlier version has not: trained on by all ranks so far."""
 RANK_COLUMNS = ("seconds", "compute", "communicate", "wait", "samples", "updates", "skipped")
 """Columns of ``ranks/`` in the run file, one entry per rank; beside them ``staleness`` (ranks, counts), in mode async
 ``discarded``, with the model on a GPU ``copy``."""
@@ -105,6 +107,7 @@ class RunFolder:
             file.attrs.update({"result": to_json(result), "environment": json.dumps(environment(world))})
             for name in CURVES:
                 file[f"curves/{name}"] = np.array([row[name] for row in self.rows], np.float64)
+            file[f"curves/{SAMPLES}"] = samples_of(self.rows)
             for name, (columns, values) in inside_tables(self.rows).items():
                 file[f"inside/{name}"] = values
                 file[f"inside/{name}"].attrs["columns"] = json.dumps(columns)
@@ -125,6 +128,11 @@ class RunFolder:
         with replacing(self.path / "result.json") as temporary:
             temporary.write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
         self.close()
+
+
+def samples_of(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """The samples in rows of ``metrics.jsonl``, NaN where there are none: float64 (rows,)."""
+    return np.array([row.get(SAMPLES) for row in rows], np.float64)
 
 
 def inside_tables(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[list[str], np.ndarray]]:

@@ -33,10 +33,10 @@ from hpcasync.train import signals
 
 T = TypeVar("T")
 
-EPOCH, STEP, SAMPLES, UPDATES, CALL, FENCED, GONE, LEAVING = range(8)
+EPOCH, STEP, SAMPLES, UPDATES, RECORDED, CALL, FENCED, GONE, LEAVING = range(9)
 """Words of a rank's row of the board; ``CALL``, in the first row, is of all: the meeting that they are called to. ``FENCED``: the
 others have killed it, since it hung; ``GONE``: it is dead; ``LEAVING``: it ends with an error that all have found."""
-WORDS = 8
+WORDS = 9
 MEET_SECONDS = 10.0
 """How long a rank that leaves with an error waits for the others to do the same."""
 
@@ -51,10 +51,11 @@ class Survival:
     Attributes:
         world: the living, numbered anew after each death.
         deaths: of those that died, in their order: ``rank`` (its first number), ``time`` (seconds since 1970), ``epoch``,
-            ``step``, ``samples`` and ``updates`` (what it had done), and ``shards`` whose lock it held: a last update of
-            theirs may have been applied in part. On every rank, as of the last meeting.
+            ``step``, ``samples`` and ``updates`` (what it had done), ``recorded`` (the step in its record, 0 without one), and
+            ``shards`` whose lock it held: a last update of theirs may have been applied in part. On every rank, as of the last
+            meeting.
         torn: on rank 0, these shards as they were then.
-        told: called on rank 0 with each dead rank's first number, at once, perhaps in a thread; None for nobody.
+        told: called on rank 0 with each dead rank's first number and its updates, at once, perhaps in a thread; None for nobody.
 
     Raises:
         UsageError: another mode, several nodes.
@@ -78,7 +79,7 @@ class Survival:
         self._own = self._board[world.rank]
         self.deaths: list[dict[str, Any]] = []
         self.torn: list[Torn] = []
-        self.told: Callable[[int], None] | None = None
+        self.told: Callable[[int, int], None] | None = None
         self._training = False
         self._buried: dict[int, dict[str, Any]] = {}  # on rank 0, as they happen
         self.star = Star(world.comm, self._bury)
@@ -100,9 +101,9 @@ class Survival:
 
     # While the ranks train.
 
-    def note(self, epoch: int, step: int, samples: int, updates: int) -> None:
+    def note(self, epoch: int, step: int, samples: int, updates: int, recorded: int) -> None:
         """How far this rank has come, for when it is dead."""
-        self._own[:CALL] = epoch, step, samples, updates
+        self._own[:CALL] = epoch, step, samples, updates, recorded
 
     def fence(self, processes: dict[int, tuple[int, str]]) -> bool:
         """End ranks that hang, by their process ids and when those ``started``; False where the others can't go on so.
@@ -124,8 +125,8 @@ class Survival:
         torn = self._store.bury(rank)
         shards = [of.shard for of in torn]
         self.torn += torn
-        epoch, step, samples, updates = self._board[rank, :CALL].tolist()
-        done = {"epoch": epoch, "step": step, "samples": samples, "updates": updates, "shards": shards}
+        epoch, step, samples, updates, recorded = self._board[rank, :CALL].tolist()
+        done = {"epoch": epoch, "step": step, "samples": samples, "updates": updates, "recorded": recorded, "shards": shards}
         if self._board[rank, FENCED]:
             done["cause"] = "hung, and was killed for it"
         if self._first.watch is not None:
@@ -133,7 +134,7 @@ class Survival:
         self._buried[rank] = {"rank": rank, "time": when} | done
         launched.note_death(self._buried[rank])
         if self.told is not None:
-            self.told(rank)
+            self.told(rank, updates)
         at = time.strftime("%H:%M:%S", time.localtime(when))
         if not self._training:
             print(f"hpcasync: rank {rank} died at {at} before the ranks trained; the job ends", file=sys.stderr, flush=True)
@@ -141,7 +142,7 @@ class Survival:
         held = ", ".join(map(str, shards))
         part = f"; it held the lock of shard {held}, whose last update may be applied in part" if shards else ""
         print(
-            f"hpcasync: rank {rank} died at {at} in epoch {epoch}, step {step}{part}. The run goes on without it; "
+            f"hpcasync: rank {rank} died at {at} in {launched.place_of(done)}{part}. The run goes on without it; "
             "the others take over its share of the data in the next epoch",
             file=sys.stderr,
             flush=True,

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from hpcasync.stats import Staleness, parts_of
+from hpcasync.train.terminal import shows
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """A console that wraps at the terminal's width, or at 110 columns where there is none."""
+    """A console that wraps at the terminal's width, or at 110 columns and without colours where there is none."""
     out = sys.stdout if stream is None else stream
-    return Console(file=out, width=None if out.isatty() else 110, highlight=False)
+    shown = shows(out)
+    return Console(file=out, force_terminal=None if shown else False, width=None if shown else 110, highlight=False)
 
 
 def runs_table(results: Sequence[tuple[str, dict[str, Any]]]) -> Table:

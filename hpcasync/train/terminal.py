@@ -36,6 +36,21 @@ def find_terminal(stream: TextIO) -> Terminal | None:
     return _open(f"/proc/{launcher}/fd/2", launcher) if launcher else None
 
 
+def shows(stream: TextIO) -> bool:
+    """Whether a terminal shows what is written to ``stream``, a standard output.
+
+    Open MPI gives ranks a pseudo-terminal of its own, also where its output goes to a file: that of this rank's mpiexec counts.
+    On another machine than mpiexec's the stream itself does.
+    """
+    if not stream.isatty():
+        return False
+    launcher = _launcher()
+    found = _open(f"/proc/{launcher}/fd/1", launcher) if launcher else None
+    if found is not None:
+        os.close(found.descriptor)
+    return not launcher or found is not None
+
+
 def in_foreground(pid: int) -> bool:
     """Whether a process may draw: not while it is stopped or in the background of its terminal."""
     fields = process_stat(pid)

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
 from hpcasync.data import write_dataset
+from hpcasync.data.atomic import replacing
 from hpcasync.data.write import statistics
 from hpcasync.errors import UsageError
 
@@ -166,3 +168,13 @@ def test_a_place_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UsageError, match="choose a folder you may write to"):
         write_dataset(tmp_path / "file" / "out.h5", arrays())
+
+
+@pytest.mark.parametrize("place", [".", "/", "..", "there", "/proc/none/out.h5"])
+def test_what_is_no_file_is_one_clear_error(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UsageError, match=f"cannot write {place}: "), replacing(Path(place)):
+        raise AssertionError("nothing may be written")
+    assert sorted(tmp_path.iterdir()) == before

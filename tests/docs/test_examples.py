@@ -29,6 +29,11 @@ def test_every_script_is_tested_and_shown() -> None:
     assert all(f"examples/{path.name}" in pages for path in EXAMPLES.iterdir() if path.is_file())
 
 
+def after(words: str, text: str) -> float:
+    """The number that follows."""
+    return float(text.split(words)[1].split()[0].rstrip(","))
+
+
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # the modes are tested with both libraries elsewhere
 @pytest.mark.parametrize("name", SAYS)
 def test_script(mpirun: MpiRun, name: str) -> None:
@@ -37,10 +42,13 @@ def test_script(mpirun: MpiRun, name: str) -> None:
     done = mpirun(EXAMPLES / f"{name}.py", 2)
     assert all(words in done.stdout for words in SAYS[name]), done.stdout
     if name == "own_model":
-        accuracy = float(done.stdout.split("epoch 3: accuracy ")[1].split()[0])
-        assert accuracy > 85
+        assert after("epoch 3: accuracy ", done.stdout) > 85
+    if name == "non_iid":  # chance: 10 %; which of the two is better differs from run to run, so the page tells of several
+        assert min(after("asgd: ", done.stdout), after("gsgm: ", done.stdout)) > 30
+    if name.startswith("from_"):  # ln 2 = 0.69 at the start
+        assert after("epoch 2: loss ", done.stdout) < after("epoch 1: loss ", done.stdout) < 0.69
     if name == "transformers_trainer":
-        assert float(done.stdout.split("\nloss ")[1].split(",")[0]) < 2  # ln 24 = 3.2 at the start
+        assert after("\nloss ", done.stdout) < 2  # ln 24 = 3.2 at the start
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpcasync.comm import World
 from hpcasync.replay.replay import Replay
@@ -40,14 +41,28 @@ def updates_are_whole(folder: Path, deaths: list[dict[str, Any]]) -> None:
     assert (versions >= living + pushed).all() and (versions <= most).all()
 
 
+def curves_end_with_their_rank(folder: Path, updates: int) -> None:
+    """TensorBoard's: nothing is told of ranks 1 and 2 after their deaths, but their updates count."""
+    last = {}
+    for name in ("", "rank0", "rank1", "rank2"):
+        found = EventAccumulator(str(folder / "tensorboard" / name))
+        found.Reload()
+        speeds = found.Scalars("speed/samples_per_second")
+        assert all(point.value > 0 for point in speeds)
+        last[name] = speeds[-1].step
+    assert last[""] == last["rank0"] == updates > last["rank1"] > last["rank2"]
+
+
 def read_updates(path: Path) -> int:
     """Updates of all ranks that a checkpoint holds."""
     with read_ranks(path, World()) as source:
         return sum(own["updates"] for own in source.own()["parts"]["run"]["everyone"])
 
 
+@pytest.mark.timeout(600)  # the replay of 18,000 updates under load
 def test_the_living_finish_the_run(lane: Lane, tmp_path: Path) -> None:
-    with SurvivingJob(lane, tmp_path / "run", "--epochs", "50", "--schedule", "cosine", "--record", *SLOW_EPOCHS) as job:
+    words = ("--epochs", "50", "--schedule", "cosine", "--record", "--tensorboard", *SLOW_EPOCHS)
+    with SurvivingJob(lane, tmp_path / "run", *words) as job:
         job.wait_epochs(2)
         job.send(2)
         job.wait_epochs(2)
@@ -55,9 +70,11 @@ def test_the_living_finish_the_run(lane: Lane, tmp_path: Path) -> None:
         code, result, err = job.end()
     assert code == 0, err
     assert "rank 2 died" in err and "rank 1 died" in err
+    assert all(f"step {death['step']} (step {death['recorded']} of its record)" in err for death in result["deaths"])
     assert [death["rank"] for death in result["deaths"]] == [2, 1] and result["ranks"] == 2
     assert result["epochs"] == 50 and result["test_accuracy"] > 0.9
     updates_are_whole(tmp_path / "run", result["deaths"])
+    curves_end_with_their_rank(tmp_path / "run", result["updates"])
     replayed = Replay(tmp_path / "run").run()
     assert replayed.identical and replayed.complete, replayed
     # Before the first death 4 ranks made 90 steps an epoch, after the last one 2 made 180.

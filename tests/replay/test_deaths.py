@@ -59,10 +59,13 @@ def test_every_rule_after_deaths(rule: str, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_meetings_that_a_death_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    survived(tmp_path, "mpich", IN_MEETINGS, "4", "--rule", "asgd")
+    result = survived(tmp_path, "mpich", IN_MEETINGS, "4", "--rule", "asgd")
     run = tmp_path / "run"
     code, found = replay(capsys, run)
     assert code == 0 and found["complete"], found
+    for death in result["deaths"]:  # the step that replay --inspect takes
+        steps = len(read_record(run)[death["rank"]].steps)
+        assert death["recorded"] in (steps, steps - 1) and death["recorded"] > 0
     assert main(["timeline", str(run)]) == 0 and main(["report", str(run)]) == 0
     capsys.readouterr()
     entries = json.loads((run / "trace.json").read_text())["traceEvents"]
@@ -76,6 +79,7 @@ def test_meetings_that_a_death_cut_short(tmp_path: Path, capsys: pytest.CaptureF
     text = " ".join((run / "report.html").read_text().split())
     places = [text.index(words) for words in ("<h2>Deaths</h2>", "Rank 3 died at", "Rank 2 died at", "Rank 1 died at")]
     assert places == sorted(places)
+    assert all(f"(step {death['recorded']} of its record)" in text for death in result["deaths"])
     assert "Given free: the lock of shard" in text and "all samples dealt anew from epoch 2 on" in text
     # Without what the record keeps of the deaths the bits are others, and a damaged one is an error.
     for change, expected in (("meeting", 1), ("state", 1), ("shape", 2)):

@@ -50,6 +50,8 @@ def test_trace(trace: tuple[Path, list[dict[str, Any]]]) -> None:
     assert main(["timeline", str(folder / "run"), "--steps", "3:5"]) == 0
     part = json.loads((folder / "run/trace.json").read_text())["traceEvents"]
     assert {e["args"]["step"] for e in part if e["ph"] == "X"} == {3, 4, 5}
+    for wrong in (("--steps", "0:3"), ("--steps", "100000:100001"), ("-o", "."), ("-o", "/"), ("-o", str(folder))):
+        assert main(["timeline", str(folder / "run"), *wrong]) == 2, wrong
     assert main(["timeline", str(folder / "sync")]) == 0
     sync = json.loads((folder / "sync/trace.json").read_text())["traceEvents"]
     assert {e["name"] for e in sync if e["ph"] == "X"} >= {"compute", "communicate", "checkpoint", "evaluation"}

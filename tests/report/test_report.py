@@ -11,9 +11,11 @@ from xml.etree import ElementTree
 import h5py
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from hpcasync.cli import main
-from hpcasync.report.draw import COLOURS
+from hpcasync.report.draw import COLOURS, Group
+from hpcasync.report.figures import plots
 from hpcasync.report.run import read_run
 from hpcasync.train.lock import RunLock
 from tests.mpi import MpiRun
@@ -33,6 +35,42 @@ def test_page_is_self_contained_and_seeds_are_a_band(runs: dict[str, Path], tmp_
         names += [e.attrib["id"] for e in ElementTree.fromstring(one).iter() if "id" in e.attrib]
     assert len(names) == len(set(names))
     assert len(list(tmp_path.glob("page-*.png"))) == len(drawn) == 3 * 3 + 4
+
+
+def test_seeds_are_a_band_also_without_common_seconds(runs: dict[str, Path]) -> None:
+    one, two = (read_run(runs[name]) for name in ("seed0", "seed1"))
+    one.inside = two.inside = {}
+    two.curves["seconds"] = two.curves["seconds"] + 1000
+    two.curves = {name: np.append(values, values[-1:] + 1) for name, values in two.curves.items()}  # an epoch further
+    drawn = {plot.name: plot for plot in plots([Group("seeds", [one, two])])}
+    axis = drawn["test_loss"].panels["seconds"].axes[0]
+    assert len(axis.lines) == len(axis.collections) == 1
+    both = one.curves["seconds"], two.curves["seconds"][:2]
+    np.testing.assert_allclose(np.asarray(axis.lines[0].get_xdata(), float), np.mean(both, 0))
+    axis = drawn["throughput"].panels[""].axes[0]
+    assert axis.get_ylabel() == "samples / (virtual seconds)"
+    single = plots([Group("one", [one])])
+    speeds = next(plot for plot in single if plot.name == "throughput").panels[""].axes[0].lines[0].get_ydata()
+    spent, done = np.diff(one.curves["seconds"], prepend=0.0), np.diff(one.curves["samples"], prepend=0.0)
+    np.testing.assert_allclose(np.asarray(speeds, float), done / spent)
+    assert one.curves["samples"][-1] == one.ranks["samples"].sum()
+    for run in (one, two):
+        run.curves = {name: values[:1] for name, values in run.curves.items()}
+    for figure in plots([Group("seeds", [one, two])])[0].panels.values():
+        assert len(figure.axes[0].containers) == 1  # one point with whiskers
+
+
+def test_long_tails_are_cut_and_ranks_keep_their_colours(runs: dict[str, Path]) -> None:
+    run = read_run(runs["seed0"])
+    run.ranks = {name: np.delete(values, 2, axis=0) for name, values in run.ranks.items()}  # rank 2 has died
+    width = run.ranks["staleness"].shape[1]
+    run.ranks["staleness"] = np.pad(run.ranks["staleness"], ((0, 0), (0, 100 - width)))
+    run.ranks["staleness"] *= 1000
+    run.ranks["staleness"][0, 95] = 1
+    plot = next(plot for plot in plots([Group("run", [run])]) if plot.name.startswith("staleness"))
+    axis = plot.panels[""].axes[0]
+    assert "of the updates or less are beyond, up to 95." in plot.note and axis.get_xlim()[1] < 20
+    assert [line.get_color() for line in axis.lines] == [COLOURS[0], COLOURS[1], COLOURS[3]]
 
 
 def test_methods_have_their_plots_and_many_ranks_fit(page: Path) -> None:
@@ -79,7 +117,7 @@ def test_live_run_finished_and_cut_short(mpirun: MpiRun, runs: dict[str, Path], 
     words = ["--data", "digits", "--rule", "gsgm", "--epochs", "2", "--record", "--checkpoint-every", "0"]
     mpirun.cli(["train", *words, "--output", run], n=2)
     assert main(["report", str(run), "-o", str(page)]) == 0
-    assert ">seconds</text>" in (text := page.read_text()) and "virtual" not in text
+    assert ">seconds</text>" in (text := page.read_text()) and "virtual" not in text and ">samples/s</text>" in text
     assert main(["report", str(run), str(runs["seed0"]), "-o", str(page)]) == 0
     assert "seconds, real or virtual" in page.read_text()
     whole = read_run(run)
@@ -98,6 +136,8 @@ def test_live_run_finished_and_cut_short(mpirun: MpiRun, runs: dict[str, Path], 
     text = (run / "report.html").read_text()
     assert "so far (1 of 2 ranks)" in text and "no config.toml" in text
     assert "Staleness" in text and "Order of updates" in text and "Held gradients" in text
+    order = next(plot for plot in plots([Group("run", [read_run(run)])]) if plot.name.startswith("order"))
+    assert to_hex(order.panels[""].axes[0].collections[0].get_edgecolors()[0]) == COLOURS[1]  # rank 1's, as in its histogram
 
 
 def test_empty_folder_and_damaged_lines(
@@ -128,6 +168,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.h5").write_text("no HDF5")
     (tmp_path / "file").touch()
+    for place in (".", "/", str(tmp_path), "/proc/none/a.html"):
+        assert main(["report", str(tmp_path), "-o", place]) == 2
+        assert f"cannot write {Path(place)}: " in capsys.readouterr().err
     for name, message in (("none", "no such folder"), ("file", "is a file"), ("damaged", "not a finished run")):
         assert main(["report", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err

@@ -131,7 +131,10 @@ class NoOptimizer(Net):
         (Net, {"mode": "async", "rule_options": {"lr": 0.1}}, {}, r"rule_options has lr, which the optimizer says \(SGD:"),
     ],
 )  # fmt: skip
-def test_refused_at_fit(tmp_path: Path, module: Any, how: dict[str, Any], options: dict[str, Any], says: str) -> None:
+def test_refused_at_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, how: dict[str, Any], options: dict[str, Any], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # Lightning writes on_exception.ckpt into OnExceptionCheckpoint(".")
     with pytest.raises(UsageError, match=says):
         fit(module(), strategy(**how), tmp_path, **options)
 
