@@ -66,7 +66,7 @@ def test_cached_wheel_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_cache_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     afile = tmp_path / "afile"
     afile.write_text("kept")
-    for cache, says in ((afile, f"cannot write {afile}/horovod/"), (Path("/proc/x"), "can't make the folder /proc/x/horovod/")):
+    for cache, says in ((afile, f"cannot write {afile}/horovod/"), (Path("/proc/x"), "cannot write /proc/x/horovod/")):
         assert main(["build-horovod", "--cache", str(cache)]) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"hpcasync: error: {says}") and err.count("\n") == 1, err

@@ -160,7 +160,8 @@ def test_a_rank_of_another_node_whose_answer_is_missing(two_hosts: HostsRun) -> 
     (folder / "mynet.py").write_text(MODEL)
     argv = ["--mode", "async", "--epochs", "2", "--stall-seconds", "3", "--output", str(folder / "run")]
     said = hung(two_hosts, argv, [[2, True, 4, 1.5], [2, True, 9, "stop"]], 4, PYTHONPATH=f"{REPO}:{folder}")
-    assert re.search(r"rank 2 \(process \d+ on n2\): no sign of life from there", said)
+    # Who speaks first: a rank of the other node, or the one beside it.
+    assert re.search(r"rank 2 \(process \d+ on n2\): (no sign of life from there|stopped by a signal)", said)
     assert "No checkpoint has been made yet" in said
 
 

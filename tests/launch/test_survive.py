@@ -174,29 +174,33 @@ def test_a_death_in_the_last_meetings_is_told(lane: Lane, tmp_path: Path, monkey
     assert replayed.identical and replayed.complete, replayed
 
 
-# Rank 2 is stopped for ever at its 20th step, inside the update of a shard or while it computes.
+# Rank 2 is stopped for ever, inside the update of a shard or while it computes. For the first the others are so slow that they
+# have most of the epoch before them: they come to the lock, not to the meeting at its end.
 STOPS = """
-import os, signal, torch, hpcasync
+import os, signal, time, torch, hpcasync
 from hpcasync.store.base import Store
 
-def stop(calls):
+def stop(calls, when):
     calls.append(1)
-    if hpcasync.init().rank == 2 and len(calls) == 20:
+    if hpcasync.init().rank == 2 and len(calls) == when:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 def in_lock(shape, classes):
     inside, calls = Store._push_shard, []
 
     def push(self, *args):
-        stop(calls)
+        stop(calls, 5)
         return inside(self, *args)
 
     Store._push_shard = push
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
+    if hpcasync.init().rank != 2:
+        model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    return model
 
 def in_step(shape, classes):
     model, calls = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes)), []
-    model.register_forward_pre_hook(lambda *_: stop(calls))
+    model.register_forward_pre_hook(lambda *_: stop(calls, 20))
     return model
 """
 STALL = ("--stall-seconds", "5")
