@@ -174,8 +174,8 @@ def test_a_death_in_the_last_meetings_is_told(lane: Lane, tmp_path: Path, monkey
     assert replayed.identical and replayed.complete, replayed
 
 
-# Rank 2 is stopped for ever, inside the update of a shard or while it computes. For the first the others are so slow that they
-# have most of the epoch before them: they come to the lock, not to the meeting at its end.
+# Rank 2 is stopped for ever, inside the update of a shard or while it computes. For the first all are slow, so that others have
+# made their first step, and have most of the epoch before them: they come to the lock, not to the meeting at its end.
 STOPS = """
 import os, signal, time, torch, hpcasync
 from hpcasync.store.base import Store
@@ -194,8 +194,7 @@ def in_lock(shape, classes):
 
     Store._push_shard = push
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
-    if hpcasync.init().rank != 2:
-        model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
     return model
 
 def in_step(shape, classes):
