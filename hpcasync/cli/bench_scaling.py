@@ -13,9 +13,6 @@ from typing import Any
 
 from hpcasync.errors import UsageError
 
-BLOCK_TAKERS = {"every": {"kstep", "hierarchical"}, "collectives": {"sync", "kstep", "hierarchical"}}
-"""Which modes take a flag."""
-
 
 def add(which: Any) -> None:
     """Add the command to those of ``bench``."""
@@ -79,9 +76,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--seconds={args.seconds}: expected a finite number > 0")
     if args.every is not None and args.every < 1:
         raise UsageError(f"--every={args.every}: expected at least 1")
+    from hpcasync.scaling.cases import BLOCK_TAKERS
+
     modes = {name.partition(":")[0] for name in args.what}
     for name, takers in BLOCK_TAKERS.items():
-        if getattr(args, name) is not None and not modes & takers:
+        if getattr(args, name) is not None and not modes & {*takers}:
             raise UsageError(f"--{name}: it is of {', '.join(sorted(takers))}; --what has none of them")
     if args.target is not None and not 0 < args.target <= 1:
         raise UsageError(f"--target={args.target}: expected an accuracy in (0, 1], such as 0.9")

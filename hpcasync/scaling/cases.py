@@ -11,6 +11,8 @@ from hpcasync.rules import make_rule
 from hpcasync.train import TrainConfig, make_config
 
 KINDS = ("weak", "strong")
+BLOCK_TAKERS = {"every": ("kstep", "hierarchical"), "collectives": ("sync", "kstep", "hierarchical")}
+"""Keys of averages, each with the modes that take it."""
 BASE = "torch"
 """In place of a mode: one process with a plain torch loop, what efficiencies refer to."""
 
@@ -69,8 +71,7 @@ def make_cases(
         for name in names:
             mode, _, rule = name.partition(":")
             chosen = {"mode": mode, "batch": own, **({"rule": rule} if rule else {})}
-            takes = {"sync": ("collectives",), "kstep": ("every", "collectives"), "hierarchical": ("every", "collectives")}
-            chosen |= {k: v for k, v in (block or {}).items() if k in takes.get(mode, ())}
+            chosen |= {k: v for k, v in (block or {}).items() if mode in BLOCK_TAKERS[k]}
             if mode == "hierarchical" and nodes == 1:
                 chosen["groups"] = 2 if ranks % 2 == 0 else 1
             cases.append(Case(kind, name, make_config(keys, chosen, workers=lambda: ranks)))
