@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the job; its exit code."""
-    from hpcasync.launch.job import Job, run_with_restarts
+    from hpcasync.launch.job import Job, leave, run_with_restarts
     from hpcasync.launch.library import find_library
     from hpcasync.launch.resume import Resume
     from hpcasync.launched import Death
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("hpcasync: interrupted; all ranks have been ended", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
+    finally:
+        leave()
 
 
 def _program(words: list[str]) -> list[str]:

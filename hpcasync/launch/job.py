@@ -23,6 +23,7 @@ from hpcasync.launched import FOLDER, RESTARTED, SURVIVE, TRAINING, Death, abort
 from hpcasync.train.signals import EXIT_CODE
 
 LOOK_SECONDS = 0.2
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SPEAK_SECONDS = 10.0
 """So long rank 0 has to say what is wrong and to end, where another rank ends with an error before there is a run."""
 PER_RANK = 6 << 20
@@ -76,13 +77,17 @@ class Job:
         """Whether this launcher got a signal to pass on."""
         return bool(self._received)
 
+    def listen(self) -> None:
+        """From here on this launcher's signals are for the ranks of this job; `leave` ends that."""
+        for number in SIGNALS:
+            signal.signal(number, self._pass_on)
+
     def run(self) -> int:
-        """Start it and wait for its end; signals go to the ranks. Returns its exit code, 128 + n for a signal n."""
+        """Start it and wait for its end. Returns its exit code, 128 + n for a signal n."""
         ledger = Ledger()
         ledger.clear()
         check_shared_memory(self._count)
         self._token = uuid.uuid4().hex
-        before = {n: signal.signal(n, self._pass_on) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         with tempfile.TemporaryDirectory(prefix="hpcasync-launch-") as folder:
             env = self._library.environment(self._count) | {TOKEN: self._token, FOLDER: folder}
             env |= {SURVIVE: "1"} if self._survive else {}
@@ -97,8 +102,6 @@ class Job:
                 end(self._token)
                 process.wait()
                 ledger.clear()
-                for number, handler in before.items():
-                    signal.signal(number, handler)
 
     def _watch(self, process: subprocess.Popen[bytes], folder: Path, ledger: Ledger) -> int:
         looked, first_lost = 0.0, 0.0
@@ -160,6 +163,7 @@ def run_with_restarts(start: Callable[[int, list[Death] | None], Job], count: in
         The exit code of the last one.
     """
     job, deaths = start(count, None), list[Death]()
+    job.listen()
     code = job.run()
     for attempt in range(1, restarts + 1):
         if _ended_well(code) or job.asked_to_stop:
@@ -172,11 +176,20 @@ def run_with_restarts(start: Callable[[int, list[Death] | None], Job], count: in
             file=sys.stderr,
             flush=True,
         )
-        job = start(count, deaths)
+        ended, job = job, start(count, deaths)
+        job.listen()
+        if ended.asked_to_stop:  # just now
+            return code
         code = job.run()
     if job.deaths and not _ended_well(code) and not job.asked_to_stop:
         print(f"hpcasync: {_what_ended(code, job.deaths)}", file=sys.stderr, flush=True)
     return code
+
+
+def leave() -> None:
+    """The job is over: a signal must not change the exit code of a launcher that has only to say it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # Python gives handlers of its own back to the system at its end
 
 
 def _ended_well(code: int) -> bool:

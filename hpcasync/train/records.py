@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
+import os
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +59,8 @@ class RunFolder:
         self.path = _make_folder(config)
         self.lock = RunLock(self.path)
         self.rows: list[dict[str, Any]] = []
+        self._written = 0  # so many of them are in the file
+        self._warned = False
         self._config = config
         if config.resume is None:
             try:
@@ -66,7 +71,7 @@ class RunFolder:
 
     def begin(self, rows: list[dict[str, Any]]) -> None:
         """Write the configuration, and go on after ``rows``: later ones are of a run that was cut short."""
-        self.rows = list(rows)
+        self.rows, self._written = list(rows), len(rows)
         write_config(self._config, self.path / "config.toml")
         metrics = self.path / "metrics.jsonl"
         if rows or metrics.exists():
@@ -78,15 +83,34 @@ class RunFolder:
         self.lock.release()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Record one evaluation. Of an epoch that has one it is left out: the meeting was begun again after a rank's death."""
+        """Record one evaluation. Of an epoch that has one it is left out: the meeting was begun again after a rank's death.
+
+        A disk that is full now need not be so later: there is one warning, and the line is written with the next one.
+        """
         if self.rows and self.rows[-1]["epoch"] == row["epoch"]:
             return
-        try:
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(to_json(row) + "\n")
-        except OSError as error:
-            raise UsageError(f"can't write {self.path / 'metrics.jsonl'}: {error.strerror}") from error
         self.rows.append(row)
+        try:
+            self._write_rows()
+            self._warned = False
+        except UsageError as error:
+            if not self._warned:
+                print(f"hpcasync: warning: {error}. The run goes on and tries again", file=sys.stderr, flush=True)
+            self._warned = True
+
+    def _write_rows(self) -> None:
+        """Append those that are not in the file, no part of a line."""
+        path = self.path / "metrics.jsonl"
+        lines = "".join(to_json(row) + "\n" for row in self.rows[self._written :]).encode()
+        try:
+            with open(path, "ab", buffering=0) as file:
+                before = file.tell()
+                if file.write(lines) < len(lines):
+                    file.truncate(before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise UsageError(f"can't write {path}: {error.strerror}") from error
+        self._written = len(self.rows)
 
     def finish(self, result: dict[str, Any], ranks: list[dict[str, Any]], config: TrainConfig, world: World) -> None:
         """Write ``run.h5`` and ``result.json``.
@@ -98,9 +122,14 @@ class RunFolder:
                 live run also what ``StepLog.record`` gives.
             config: of the run.
             world: for the versions.
+
+        Raises:
+            UsageError: one of the files can't be written.
         """
         import h5py
 
+        if self._written < len(self.rows):
+            self._write_rows()
         image = io.BytesIO()  # HDF5 itself can't report a full disk cleanly: it fails again while closing
         with h5py.File(image, "w") as file:
             file.attrs.update({"format": FORMAT, "version": VERSION, "config": json.dumps(config.keys())})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -88,7 +89,7 @@ class Chaos:
 
     def __init__(self, job: SurvivingJob, disk: Path, clock: Path, chance: random.Random) -> None:
         self.job, self.disk, self.clock, self.chance = job, disk, clock, chance
-        self.alive, self.disturbed = [1, 2, 3], False
+        self.alive = [1, 2, 3]
 
     def send(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Send a rank a signal, if it has not ended."""
@@ -122,7 +123,6 @@ class Chaos:
         return f"rank {rank} stopped, then killed"
 
     def full(self) -> str:
-        self.disturbed = True
         block = self.disk / "block"
         try:
             with open(block, "wb") as file:
@@ -137,7 +137,6 @@ class Chaos:
 
     def read_only(self) -> str:
         """Another file system over the folder: one with files open for writing can't become read-only."""
-        self.disturbed = True
         run = str(self.job.output)
         subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "hpcasync-chaos", run], check=True)
         time.sleep(self.chance.uniform(0.1, 1))
@@ -149,7 +148,6 @@ class Chaos:
         with open(self.clock, "r+b") as file:  # in place: it is mapped
             file.write(struct.pack("<q", 86400 * days))
         return f"clock off by {days} days"
-
 
     def end(self, how: str) -> str:
         """Bring the job to its end."""
@@ -187,16 +185,15 @@ def test_a_round(seed: int, tmp_path: Path, shim: Path | None) -> None:
             mishaps: list[Callable[[], str]] = [chaos.kill, chaos.stop, chaos.kill_stopped, chaos.full, chaos.read_only]
             mishaps += [chaos.jump] if shim is not None else []
             for mishap in [chaos.kill, *chance.choices(mishaps, k=4)]:
-                if job.process.poll() is None:
-                    did.append(mishap())
-                    time.sleep(chance.uniform(0, 0.4))
-            if job.process.poll() is None:
-                did.append(chaos.end(how))
+                did.append(mishap())
+                time.sleep(chance.uniform(0, 0.4))
+            did.append(chaos.end(how))
             code, _, err = job.end(LIMIT)
-        # A disk that is full or read-only when the curve is written ends the run, with a word; nothing else does.
-        told = chaos.disturbed and ("can't write" in err or "cannot write" in err) and "Traceback" not in err
-        assert code == (0 if how == "by itself" else 75) or (code == 2 and told), (did, code, err)
-        assert how != "host" or code == 2 or "restart 1 of 1" in err, (did, err)
+        # Where the disk is full or read-only at the very end, the result can't be written.
+        unwritten = how == "by itself" and code == 2 and re.search(r"error: can('|no)t write", err)
+        assert unwritten or code == (0 if how == "by itself" else 75), (did, code, err)
+        assert "Traceback" not in err, (did, err)
+        assert how != "host" or "restart 1 of 1" in err, (did, err)
         whole = 0
         for path in checkpoints(disk / "run"):
             with read_ranks(path, World()) as source:  # checks every byte
@@ -213,4 +210,4 @@ def test_a_round(seed: int, tmp_path: Path, shim: Path | None) -> None:
                 assert rule == "hogwild" or (versions >= pushed - slack).all(), (did, versions, pushed)
             whole += 1
         assert whole, (did, err)
-        assert not [p.name for p in (disk / "run").iterdir() if p.suffix == ".tmp"] or code == 2
+        assert not [p.name for p in (disk / "run").iterdir() if p.suffix == ".tmp"]

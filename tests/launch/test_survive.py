@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -265,19 +264,18 @@ def test_an_error_still_ends_the_job(lane: Lane, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dead", [(), (1, 2)], ids=("all alive", "two dead"))
 def test_what_all_find_wrong_is_said_once(dead: tuple[int, ...], tmp_path: Path) -> None:
-    """The curve can't be written: exit code 2 and one line, also when some can't come to MPI's barrier any more."""
-    curve = tmp_path / "run" / "metrics.jsonl"
-    with SurvivingJob(require_lane("mpich"), tmp_path / "run", *FOREVER, ranks=3) as job:
+    """No checkpoint can be written at the stop: exit code 2 and one line, also when some can't come to MPI's barrier any more."""
+    run = tmp_path / "run"
+    with SurvivingJob(require_lane("mpich"), run, *FOREVER, ranks=3) as job:
         job.wait_epochs(1)
         for rank in dead:
             job.send(rank)
-        while not curve.is_dir():
-            curve.rename(tmp_path / "elsewhere")
-            with suppress(FileExistsError):  # written anew just now
-                curve.mkdir()
+        run.rename(tmp_path / "elsewhere")
+        run.write_text("")
+        job.process.send_signal(signal.SIGTERM)
         code, _, err = job.end()
     assert code == 2 and "Traceback" not in err, err
-    assert err.count("hpcasync: error: ") == 1 and f"can't write {curve}" in err
+    assert err.count("hpcasync: error: ") == 1 and "stopped without a new checkpoint" in err
 
 
 def test_other_modes_are_refused(tmp_path: Path) -> None:

@@ -109,6 +109,26 @@ def test_evaluate_weighs_every_sample_once_and_leaves_the_model_in_training() ->
     assert accuracy == pytest.approx((scores.argmax(1) == y).double().mean().item())
 
 
+def test_a_disk_that_is_full_for_a_while(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config({"output": str(tmp_path / "run")})
+    folder = RunFolder(config)
+    curve = folder.path / "metrics.jsonl"
+    folder.add(ROW)
+    curve.rename(tmp_path / "kept")
+    curve.symlink_to("/dev/full")
+    for epoch in (2.0, 3.0):
+        folder.add({**ROW, "epoch": epoch})
+    assert capsys.readouterr().err == (
+        f"hpcasync: warning: can't write {curve}: No space left on device. The run goes on and tries again\n"
+    )
+    with pytest.raises(UsageError, match="No space left"):
+        folder.finish({}, [rank([1])], config, World())
+    curve.unlink()
+    (tmp_path / "kept").rename(curve)
+    folder.finish({}, [rank([1])], config, World())
+    assert [json.loads(line)["epoch"] for line in curve.read_text().splitlines()] == [1, 2, 3]
+
+
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     config = make_config({"output": str(tmp_path / "run")})
     folder = RunFolder(config)
