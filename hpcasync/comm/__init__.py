@@ -1,6 +1,6 @@
 """Ranks, nodes, devices, collectives and launch checks."""
 
-from hpcasync.comm.agree import agree, raise_together
+from hpcasync.comm.agree import agree, raise_together, together
 from hpcasync.comm.backends import BACKENDS, check_backend, make_collectives
 from hpcasync.comm.collectives import Collectives, MPICollectives, OneRank, Pending
 from hpcasync.comm.launch import check_world, launched_rank, launched_tasks
@@ -21,4 +21,5 @@ __all__ = [
     "launched_tasks",
     "make_collectives",
     "raise_together",
+    "together",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from hpcasync.comm.world import World
 from hpcasync.errors import UsageError
+
+T = TypeVar("T")
 
 
 def agree(world: World, facts: Mapping[str, Any]) -> None:
@@ -39,6 +41,17 @@ def raise_together(world: World, error: str | None) -> None:
     first = errors[failed[0]]
     same = len(failed) == world.size and all(e == first for e in errors)
     raise UsageError(first if same else f"rank {', '.join(map(str, failed))}: {first}")
+
+
+def together(world: World, work: Callable[[], T]) -> T:
+    """What ``work`` returns on each rank; if it fails with bad input on any, one ``UsageError`` on all. Collective."""
+    value, problem = None, None
+    try:
+        value = work()
+    except UsageError as error:
+        problem = str(error)
+    raise_together(world, problem)
+    return value  # type: ignore[return-value]  # nothing failed
 
 
 def _short(value: Any, limit: int = 200) -> str:

@@ -21,7 +21,7 @@ from hpcasync.train.records import RunFolder, environment, read_rows
 from hpcasync.train.survive import Survival
 
 if TYPE_CHECKING:
-    from hpcasync.train.loop import Run
+    from hpcasync.train.run import Run
 
 
 class Keeper:

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hpcasync.comm import raise_together
-from hpcasync.errors import UsageError
+from hpcasync.comm import together
 from hpcasync.modes import Mode
 from hpcasync.stats import Staleness
 from hpcasync.train.board import Board
@@ -82,14 +81,7 @@ class Monitor:
         self._mode, self._world = mode, mode.everyone
         first = self._world.rank == 0
         terminal = find_terminal(sys.stderr) if live and first else None
-        files, problem = None, None
-        if tensorboard is not None and first:
-            try:
-                files = EventFiles(Path(tensorboard))
-            except UsageError as error:
-                problem = str(error)
-        raise_together(self._world, problem)
-        self._files = files
+        self._files = together(self._world, lambda: EventFiles(Path(tensorboard)) if tensorboard is not None and first else None)
         self.shown = self._world.gather(terminal is not None)[0]
         self._board = Board(self._world) if self.shown or tensorboard is not None else None
         facts = Facts(title or mode.mode, self._world.size, steps, epochs, terminal.owner if terminal else 0)

@@ -31,7 +31,7 @@ from hpcasync.train.record_file import COUNTED, EVENT_ROW, STEP_ROW, RankFile, r
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from hpcasync.train.loop import Run
+    from hpcasync.train.run import Run
 
 EVENTS, STEPS, SAMPLES, HYPERS = range(len(COUNTED))
 _GRADIENTS = (Event.PUSH, Event.SKIP, Event.DISCARD)

@@ -10,7 +10,7 @@ import numpy as np
 from hpcasync.store import Torn
 
 if TYPE_CHECKING:
-    from hpcasync.train.loop import Run
+    from hpcasync.train.run import Run
 
 
 class MeetingsAtDeaths:

@@ -132,7 +132,7 @@ def test_launched_twice_at_the_same_time(mpirun: MpiRun) -> None:
     import subprocess, sys
     from hpcasync import init
     from hpcasync.cli import main
-    from hpcasync.train.loop import Run
+    from hpcasync.train.run import Run
     world, begin = init(), Run.epochs
     def epochs(self, keeper):
         if world.rank == 0:
