@@ -53,6 +53,9 @@ EXIT_CODE = 76
 SILENT = 0.8
 """Part of the limit after which a rank that is not heard of counts as frozen, although it had come."""
 
+QUIET = 0.3
+"""Part of the limit after which it is told for how long a rank of another node is not heard of."""
+
 FIRST, FIRST_SECONDS = 10, 1800.0
 """Until every rank has made a step the limit is so many times as long, but at most so many seconds: compilation, data."""
 
@@ -151,7 +154,7 @@ def judge(
     missing = {}
     for rank in ranks:
         if rank not in here and rank not in unheard:
-            what = _state(states.get(rank), rank in frozen)
+            what = _state(states.get(rank), rank in frozen, float(silent[rank]) if silent[rank] >= QUIET * seconds else 0.0)
             at = _operation(lines[rank], free) if lines[rank, WAITS] else _work(lines[rank])
             missing[rank] = f" (process {lines[rank, PID]} on {places[rank][1]}): {what}, in {at}"
     kind = next((kind for kind in FREE if kind in lines[here, WAITS]), 0)
@@ -356,9 +359,11 @@ def _work(line: np.ndarray) -> str:
     return f"{PHASES[phase]} after step {steps}" if phase else f"step {steps + 1}"
 
 
-def _state(state: str | None, frozen: bool) -> str:
+def _state(state: str | None, frozen: bool, silent: float) -> str:
+    if state is None and not frozen:
+        return f"heard of last {silent:.1f} s ago" if silent else "alive"
     if state is None:
-        return "no sign of life from there: it is stopped, or its node or network is down" if frozen else "alive"
+        return "no sign of life from there: it is stopped, or its node or network is down"
     if state == "" or state in "ZX":
         return "dead"
     if state in "Tt":

@@ -28,6 +28,8 @@ def test_a_rank_that_works_while_the_others_wait() -> None:
     stall = found({2: {WAITS: 0}})
     text = "rank 2 has not come to the average of the gradients of step 8, where ranks 0, 1, 3 waited for 10.0 s"
     assert str(stall) == f"{text}\n  rank 2 (process 102 on b): alive, in step 8"
+    stall = found({2: {WAITS: 0}}, silent={2: 4.0})  # stopped after the others had begun to wait, perhaps
+    assert str(stall) == f"{text}\n  rank 2 (process 102 on b): heard of last 4.0 s ago, in step 8"
 
 
 def test_only_the_lowest_that_waits_and_lives_acts() -> None:
