@@ -139,6 +139,7 @@ class Async(Mode):
         self._check = FiniteCheck(self.params, threads)
         self._warned_outside = False
         self._closed = False
+        self._met = self.world.size
         if not self._one:
             atexit.register(self._close_at_exit)
 
@@ -199,6 +200,8 @@ class Async(Mode):
         try:
             with self.share.phase("wait"):
                 self._barrier()
+            if self.outlived:
+                self.store.forget_the_dead(self._worker, shared=self.world.rank == 0)
             most = max(self.world.gather(mine))
             self._timed(self._pull)
             self._to_device()
@@ -208,6 +211,7 @@ class Async(Mode):
             self.store.set_clock(rank, most)
         self.store.set_excused(rank, 0)
         self._barrier()
+        self._met = self.world.size
         self.share.stop()
         if self.recorder is not None:
             self.recorder.event(Event.SYNC, began, self.share.wait - waited)
@@ -254,6 +258,11 @@ class Async(Mode):
         self._check.close()
         self._staged.wait()
         self.store.close()
+
+    @property
+    def outlived(self) -> bool:
+        """Whether ranks have died since the last ``synchronize()``."""
+        return self.world.size < self._met
 
     @property
     def closed(self) -> bool:

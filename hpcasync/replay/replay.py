@@ -102,6 +102,7 @@ class Replay:
         ]
         self.order = order_of(self.records, own_copy=rule.own_copy)
         self._left = Left(self.records, self.order, self.store, list(model.buffers()))
+        self._met = len(self.records)
         self._meetings = [int((r.events["kind"] == Event.SYNC).sum()) for r in self.records]
         self._gradients = Gradients(model, self._layout, dataset.as_torch("train"))
         self._watch, self.model = watch, model
@@ -211,6 +212,11 @@ class Replay:
             return False
         if all(r.syncs == number for r in party):  # the first to leave
             average_buffers(party, self._left.meetings.get(number))
+            met = int(rank.event["clock"])
+            if met < self._met:  # ranks had died since the meeting before
+                for i, r in enumerate(party):
+                    self.store.forget_the_dead(r.worker, shared=i == 0)
+            self._met = met
         rank.syncs += 1
         return True
 

@@ -29,7 +29,7 @@ class GSGM(Rule):
 
     - ``average="window"`` with M = workers: the sum of every worker's newest gradient, each worker keeps its own last
       one (``sum += g - g_last``, as in SAG), divided by the number of workers that have pushed this shard so far. The
-      contribution of a worker that left stays in the sum.
+      contribution of a worker that left stays in the sum; when one has died, all begin anew at the next ``synchronize()``.
     - ``average="window"`` with M < workers: a ring of M gradients in the shared state.
     - ``average="round"``: the running mean of the gradients of this round so far.
     - ``average="groups"``: M accepted gradients in a row make a group; the base takes one step per group, with its mean, and

@@ -150,6 +150,26 @@ class Store(Clocks):
         worker.pushed[:] = False
         worker.steps = 0
 
+    def forget_the_dead(self, worker: Worker, *, shared: bool) -> None:
+        """Begin anew with shared vectors that mean nothing without the workers' own ones, since some of those are gone.
+
+        Every worker that is left calls it for itself; nobody may push meanwhile.
+
+        Args:
+            worker: whose own vectors begin anew with them.
+            shared: whether this worker, one of them, sees to the shared ones too.
+        """
+        rows = [row for row, vector in enumerate(self.rule.vectors, start=1) if not vector.saved]
+        if not rows or not self.rule.private_vectors:
+            return
+        steps = worker.steps
+        self.restart(worker)
+        worker.steps = steps
+        if shared:
+            for row in rows:
+                self.state[row] = self.rule.vectors[row - 1].start
+            self.notes[:] = 0
+
     def push_pull(
         self, worker: Worker, grads: Sequence[np.ndarray | None], out: np.ndarray, hypers: Sequence[np.ndarray]
     ) -> None:

@@ -192,6 +192,8 @@ class Record:
         if kind is Event.PUSH:
             clock, only_read = self._pushed
             hyper = file.rows[HYPERS] - 1
+        elif kind is Event.SYNC:
+            clock = self._run.world.size
         times = began + self._shift, ended + self._shift, waited
         file.versions[index] = read if only_read is None else np.where(only_read, ~read, read)
         EVENT_ROW.pack_into(file.event_bytes, self._event_size * index, kind, hyper, digest, step, batch, clock, *times)

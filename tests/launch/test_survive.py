@@ -58,6 +58,16 @@ def read_updates(path: Path) -> int:
         return sum(own["updates"] for own in source.own()["parts"]["run"]["everyone"])
 
 
+def nothing_of_the_dead_is_in_the_sum(folder: Path) -> None:
+    """Of gsgm: the last gradient of a dead rank would pull the model for ever."""
+    with read_ranks(max(checkpoints(folder)), World()) as source:
+        total = source.shared()["vectors"]["gradient_sum"]
+        mean, ranks = source.mean("mode/private/last_gradient"), source.facts["ranks"]
+    assert ranks == 3 and sorted(total) == sorted(mean)
+    for name, values in total.items():
+        assert abs(values - ranks * mean[name]).max() <= 1e-4 * max(1.0, abs(mean[name]).max()), name
+
+
 @pytest.mark.timeout(600)  # the replay of 18,000 updates under load
 def test_the_living_finish_the_run(lane: Lane, tmp_path: Path) -> None:
     words = ("--epochs", "50", "--schedule", "cosine", "--record", "--tensorboard", *SLOW_EPOCHS)
@@ -101,6 +111,8 @@ def test_nobody_waits_for_the_dead(rule: tuple[str, ...], tmp_path: Path) -> Non
         code, result, err = job.end()
     assert code == 75, err
     assert result["stopped"] == "SIGTERM" and "rank 3 died" in err
+    if "gsgm" in rule:
+        nothing_of_the_dead_is_in_the_sum(output)
     again = ("--epochs", str(result["epoch"] + 1), *FOREVER[2:], *rule, "--resume", "auto")
     with SurvivingJob(lane, output, *again, ranks=3, before=()) as job:
         code, result, err = job.end()
