@@ -107,7 +107,7 @@ class Cluster:
         self.until(there, f"job {number} in {states or 'its end'}", timeout, lambda: f"it is {state}")
         return state
 
-    def until(self, test: Callable[[], bool], what: str, timeout: float = 30, more: Callable[[], str] = str) -> None:
+    def until(self, test: Callable[[], bool], what: str, timeout: float = 90, more: Callable[[], str] = str) -> None:
         """Wait until ``test()``; TimeoutError, or RuntimeError when a daemon has ended, with ``what`` and the daemons' logs."""
         end = time.monotonic() + timeout
         while not test():

@@ -52,7 +52,7 @@ class Submitted:
         except TimeoutError as error:
             raise TimeoutError(f"{error}\n-- output\n{self.output()}") from None
 
-    def wait_for(self, text: str, timeout: float = 90) -> None:
+    def wait_for(self, text: str, timeout: float = 150) -> None:
         """Wait until the job has written ``text``."""
         self.slurm.until(lambda: text in self.output(), f"'{text}'", timeout, lambda: f"-- output\n{self.output()}")
 

@@ -1,9 +1,10 @@
 """What a training run does, as the batch script sees it, without the seconds that importing torch takes.
 
-    loop.py STATE STEPS [--seed N] [--fail HOW]
+    loop.py STATE STEPS [--seed N] [--fail HOW] [--hold STEP]
 
 Every rank counts to STEPS, a step every 50 ms, and adds up what all have counted through a window. On SIGUSR1 or SIGTERM the
-ranks agree on a step, rank 0 writes it to STATE, and all exit with 75; the next start goes on from there.
+ranks agree on a step, rank 0 writes it to STATE, and all exit with 75; the next start goes on from there. The first one does
+not go beyond STEP of --hold before there is a signal.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ parser.add_argument("state", type=Path)
 parser.add_argument("steps", type=int)
 parser.add_argument("--seed", default="0")
 parser.add_argument("--fail", choices=("raise", "exit", "kill"))
+parser.add_argument("--hold", type=int)
 args = parser.parse_args()
 
 world = MPI.COMM_WORLD
@@ -73,7 +75,9 @@ while step < args.steps:
         if args.fail == "exit":
             os._exit(3)
         os.kill(os.getpid(), signal.SIGKILL)
-    if world.allreduce(len(caught)):
+    while not (signals := world.allreduce(len(caught))) and step == args.hold and restart == "0":
+        time.sleep(0.05)
+    if signals:
         break
 world.Barrier()
 window.Sync()
@@ -83,7 +87,7 @@ window.Free()
 if step < args.steps:
     if rank == 0:
         state.write_text(f"{step} {total}")
-    say(f"stop at {step} for {caught}")
+    say(f"stop at {step} for {sum(world.allgather(caught), [])}")  # it may not have reached rank 0 yet
     world.Barrier()
     sys.exit(75)
 say(f"done at {step} total {total}")

@@ -13,8 +13,9 @@ from tests.mpi import Lane, require_lane
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Submit, Submitted, require
 
+pytestmark = pytest.mark.timeout(400)  # a cluster, and up to three jobs, on a machine that may be busy
 LOOP = Path(__file__).with_name("loop.py")
-TOTAL = 4 * sum(range(60))  # of 4 ranks that count to 60
+TOTAL = 4 * sum(range(30))  # of 4 ranks that count to 30
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpiexec"])
@@ -63,15 +64,14 @@ def test_an_array_has_a_seed_or_a_combination_per_element(submit: Submit, slurm:
     seeds = submit("--nodes", 1, "--ranks-per-node", 1, "--array", "3,5", "--", LOOP, tmp_path / "state", 3)
     sweep = submit("--nodes", 1, "--ranks-per-node", 1, "--sweep", "seed=a,b", "--", LOOP, tmp_path / "state", 3)
     for job, index, seed in ((seeds, 3, "3"), (seeds, 5, "5"), (sweep, 0, "a"), (sweep, 1, "b")):
-        slurm.until(lambda job=job, i=index: "done" in job.output(i), f"element {index}", 60)  # type: ignore[misc]
+        slurm.until(lambda job=job, i=index: "done" in job.output(i), f"element {index}", 150)  # type: ignore[misc]
         assert f"seed {seed} " in job.output(index)
 
 
 def _after_its_start(submit: Submit, *flags: str | int, launcher: str = "srun", lane: Lane | None = None) -> Submitted:
-    """A job of 4 ranks on 2 nodes that counts to 60, once it counts."""
-    job = submit(
-        "--nodes", 2, "--ranks-per-node", 2, "--launcher", launcher, *flags, "--", LOOP, submit.folder / "state", 60, lane=lane
-    )
+    """A job of 4 ranks on 2 nodes that counts to 30, once it counts; at 20 it waits for a signal."""
+    program = (LOOP, submit.folder / "state", 30, "--hold", 20)
+    job = submit("--nodes", 2, "--ranks-per-node", 2, "--launcher", launcher, *flags, "--", *program, lane=lane)
     job.wait_for("start at 0")
     return job
 
@@ -83,7 +83,7 @@ def _went_on(job: Submitted, slurm: Cluster) -> None:
     stopped = re.search(r"stop at (\d+) for \[1[05]", out)  # SIGUSR1 or SIGTERM
     assert stopped is not None, out
     assert f"start at {stopped[1]} on" in out and "restart 1" in out
-    assert f"done at 60 total {TOTAL}" in out
+    assert f"done at 30 total {TOTAL}" in out
     assert "to be requeued, restart 1 of at most 20" in out
     assert job.facts["Restarts"] == "1"
 
@@ -163,7 +163,7 @@ def test_a_failing_rank_fails_the_job(submit: Submit, tmp_path: Path, lane_name:
     site.write_text('description = "little patience"\n[srun]\nwait = 3\n')
     flags = ("--site", site, "--nodes", 2, "--ranks-per-node", 2)
     job = submit(*flags, "--", LOOP, tmp_path / "state", 10_000, "--fail", how, lane=require_lane(lane_name))
-    assert job.wait(timeout=60) == "FAILED", job.output()
+    assert job.wait() == "FAILED", job.output()
     assert job.facts["Restarts"] == "0"
 
 

@@ -14,7 +14,7 @@ from tests.mpi import Lane
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Submit, Submitted
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]  # torch is imported up to six times in a test
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # torch is imported up to six times in a test
 
 ONE = ("--cpus-per-rank", 1)  # one thread each: all the nodes share this machine's cores
 TRAIN = ("--", "train", "--data", "digits", "--model", "mlp")
@@ -75,7 +75,7 @@ def test_stopped_jobs_come_to_the_same_parameters(submit: Submit, slurm: Cluster
     whole = submit(*where, "--", submit.folder / "whole.py", json.dumps(words), lane=lane)
     for job in (kstep, sync):
         metrics = job.folder / "metrics.jsonl"
-        slurm.until(lambda metrics=metrics: metrics.exists() and metrics.read_text(), "epoch", 120, job.output)  # type: ignore[misc]
+        slurm.until(lambda metrics=metrics: metrics.exists() and metrics.read_text(), "epoch", 240, job.output)  # type: ignore[misc]
 
     _limit(slurm, kstep, minutes_left=1)
     kstep.wait_for("to be requeued, restart 1 of at most 20")
@@ -105,7 +105,7 @@ def _limit(slurm: Cluster, job: Submitted, minutes_left: int) -> None:
 
 def test_an_array_trains_one_seed_per_element(submit: Submit) -> None:
     job = submit("--nodes", 1, "--ranks-per-node", 1, "--array", "1,4", *ONE, *TRAIN, "--mode", "kstep", "--epochs", 1)
-    job.slurm.until(lambda: not job.slurm.run(["squeue", "-h", "-j", str(job.number)], check=False).stdout, "end", 120)
+    job.slurm.until(lambda: not job.slurm.run(["squeue", "-h", "-j", str(job.number)], check=False).stdout, "end", 240)
     results = {seed: _result(job.folder / str(seed)) for seed in (1, 4)}
     assert [results[seed]["seed"] for seed in (1, 4)] == [1, 4]
     assert results[1]["test_loss"] != results[4]["test_loss"]
