@@ -11,6 +11,7 @@ from tests.mpi import MpiRun
 
 HEAD = """
 import time, warnings
+from pathlib import Path
 import numpy as np
 import torch
 import hpcasync as ha
@@ -76,18 +77,16 @@ for options in ({}, {"average": "round"}, {"window": 2}):
 """
 
 SLOW = """
-# A rank that sleeps does not stop the others; each of its gradients is applied once, in rounds of their own.
+# A rank that waits until the others are done does not stop them; each of its gradients is applied once, in rounds of their own.
 model = mlp()
 opt = ha.Async(model, rules.GSGM(lr=0.01, patience=0.3))
 log = logged(opt)
-world.collectives.barrier()
-began = time.perf_counter()
 for step in range(12):
-    if me == P - 1 and step == 2:
-        time.sleep(3)
+    while me == P - 1 and step == 2 and not all(Path(f"done-{r}").exists() for r in range(P - 1)):
+        time.sleep(0.01)
     grads_of(model, step)
     opt.step()
-seconds = time.perf_counter() - began
+Path(f"done-{me}").touch()
 opt.synchronize()
 order = everyone(log)
 assert [v for v, _, _ in order] == list(range(1, 12 * P + 1))
@@ -96,9 +95,7 @@ for r in range(P):
     assert len(mine) == 12 and len(set(mine)) == 12 and mine == sorted(mine), mine  # once per round
 last = sum((7 * 11 + 3 * r) % 5 - 2 for r in range(P))
 assert (opt.store.state[2, : opt.store.layout.sizes[0]] == last).all()
-if me != P - 1:
-    assert seconds < 2.8, seconds  # done before the sleeper woke up
-    assert opt.share.wait > 0.2
+assert max(world.gather(opt.share.wait)[: P - 1]) > 0.2  # who excused the sleeper had waited for it
 opt.close()
 """
 
@@ -122,21 +119,18 @@ opt.close()
 """
 
 STALLED = """
-# A rank that waits for its turn says for whom.
+# A rank that waits for its turn says for whom: the one that does not go on until it is said.
 model = mlp()
 opt = ha.Async(model, rules.GSGM(lr=0.01), stall_seconds=0.2)
-with warnings.catch_warnings(record=True) as caught:
+with warnings.catch_warnings():
     warnings.simplefilter("always")
-    for step in range(2):
-        if me == P - 1 and step:
-            time.sleep(1.0)
+    said = f"for the slower rank(s) [{P - 1}] (rule gsgm)"
+    warnings.showwarning = lambda text, *more: me == 0 and said in str(text) and Path("said").touch()
+    for step in range(3):
+        while me == P - 1 and step and not Path("said").exists():
+            time.sleep(0.01)
         grads_of(model, step)
         opt.step()
-    grads_of(model, 3)
-    opt.step()
-texts = [str(w.message) for w in caught]
-if me == 0:
-    assert any(f"slower rank(s) [{P - 1}] (rule gsgm)" in t for t in texts), texts
 opt.close()
 """
 
