@@ -87,7 +87,8 @@ window.Free()
 if step < args.steps:
     if rank == 0:
         state.write_text(f"{step} {total}")
-    say(f"stop at {step} for {sum(world.allgather(caught), [])}")  # it may not have reached rank 0 yet
+    signals = [number for each in world.allgather(caught) for number in each]  # rank 0 may have none yet
+    say(f"stop at {step} for {signals}")
     world.Barrier()
     sys.exit(75)
 say(f"done at {step} total {total}")
