@@ -123,6 +123,9 @@ class Job:
             return aborted
         if self._survive and code in (0, 141, -signal.SIGPIPE):  # the wrappers' codes say nothing; mpiexec may end of SIGPIPE
             return _ended(folder).get(0, 1)
+        first = _numbers(folder / "first")[1:]
+        if code and first and first[0] > 128:  # mpiexec's own codes for that are of many kinds
+            return first[0]
         return 128 - code if code < 0 else code
 
     def _find_deaths(self, folder: Path) -> list[Death]:

@@ -15,7 +15,7 @@ import pytest
 
 from hpcasync.errors import UsageError
 from hpcasync.launch.job import check_shared_memory
-from hpcasync.launch.library import COMMON
+from hpcasync.launch.library import COMMON, FOLLOW, WRAPPER
 from hpcasync.launch.processes import SHARED, Ledger
 from hpcasync.launch.resume import Resume
 from hpcasync.proc import started
@@ -135,6 +135,15 @@ def test_segments_of_a_killed_launcher_are_removed_by_the_next(tmp_path: Path) -
     assert any(path.exists() for path in left)
     assert launch("-n", "1", "--", "true").returncode == 0
     assert not any(path.exists() for path in left) and not page.exists()
+
+
+@pytest.mark.parametrize(("program", "code"), [("kill -9 $$", -9), ("kill -11 $$", -11), ("exit 3", 3), ("exit 147", 147)])
+def test_the_shell_around_a_rank_ends_as_it_did(program: str, code: int, tmp_path: Path) -> None:
+    """Hydra ends the job of a child that was killed; of one that exited with 137 it sometimes misses that."""
+    env = os.environ | {"HPCASYNC_LAUNCH_FOLDER": str(tmp_path), "PMI_RANK": "1"}
+    done = subprocess.run(["sh", "-c", WRAPPER + FOLLOW, "rank", "sh", "-c", program], env=env, capture_output=True, timeout=60)
+    assert done.returncode == code
+    assert (tmp_path / "first").read_text() == f"1 {128 - code if code < 0 else code}\n"
 
 
 def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
