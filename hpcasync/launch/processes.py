@@ -78,7 +78,8 @@ class Ledger:
             return
         self._known |= found
         with contextlib.suppress(OSError):  # no room: this launcher knows them all the same
-            self._page.write_text(json.dumps(sorted(self._known)))
+            self._page.with_suffix(".tmp").write_text(json.dumps(sorted(self._known)))
+            self._page.with_suffix(".tmp").rename(self._page)  # a launcher that is killed leaves a whole page
 
     def clear(self) -> list[str]:
         """Remove what this launcher's job has left, and what those of dead launchers have; returns what was removed."""
@@ -94,6 +95,9 @@ class Ledger:
                         path.unlink()
                         removed.append(name)
             page.unlink(missing_ok=True)
+        for begun in self._folder.glob("*.tmp"):
+            if begun.stem == self._page.stem or not _alive(begun.stem):
+                begun.unlink(missing_ok=True)
         self._known = set()
         return removed
 
