@@ -93,7 +93,7 @@ class Terminal:
         rows = self.screen.history.top
         return ["".join(row[x].data for x in range(self.screen.columns)).rstrip() for row in rows]
 
-    def wait_for(self, what: Callable[[list[str]], object], timeout: float = 60) -> list[str]:
+    def wait_for(self, what: Callable[[list[str]], object], timeout: float = 240) -> list[str]:
         """The first screen for which ``what`` is true."""
         deadline = time.monotonic() + timeout
         while True:
@@ -106,10 +106,10 @@ class Terminal:
             assert is_open, f"the terminal was closed; it showed\n{shown}"
             assert time.monotonic() < deadline, f"not seen in {timeout} s; the terminal shows\n{shown}"
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 240) -> int:
         """The command's exit status, after all that it and its children have written."""
         deadline = time.monotonic() + timeout
         while self.read(0.2):
             shown = "\n".join([*self.past, "-- screen", *self.lines])
             assert time.monotonic() < deadline, f"no end in {timeout} s; the terminal shows\n{shown}"
-        return self.process.wait(10)
+        return self.process.wait(60)

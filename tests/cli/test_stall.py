@@ -70,11 +70,16 @@ def hung(run: MpiRun, argv: list[str], plan: list[list[Any]], n: int, **env: str
     return done.stderr
 
 
+def missing(rank: int, place: str) -> str:
+    """The pattern that tells so; on a machine so busy that another rank is not heard of, that one is named too."""
+    return rf"stalled: ranks? (\d, )*{rank}(, \d)* ha(s|ve) not come to {place}, where ranks? [\d, ]+ waited"
+
+
 def test_user_code_that_never_returns_in_sync(run: MpiRun) -> None:
     argv = ["--mode", "sync", "--base", "adam", "--schedule", "cosine", "--epochs", "3", "--eval-every", "3"]
     parts = [*argv, "--stall-seconds", "3", "--output", "parts", "--resume", "auto"]
     said = hung(run, parts, [[1, True, 20, FOR_EVER]], 3)
-    assert "stalled: rank 1 has not come to the average of the gradients of step 20, where ranks 0, 2 waited" in said
+    assert re.search(missing(1, "the average of the gradients of step 20"), said)
     assert "alive, in step 20" in said and "rank 1 is missing" in said and "time.sleep(what)" in said
     saved = newest(run.folder / "parts")
     assert f"Checkpoint parts/{saved.name}" in said
@@ -98,9 +103,9 @@ def test_the_stopped_first_rank_of_kstep(run: MpiRun) -> None:
     argv += ["--stall-seconds", "3", "--output", "run", "--resume", "auto", "--collectives", "window"]
     said = hung(run, argv, [[0, True, 100, "pid"]], 3)
     thread.join()
-    place = re.search(r"stalled: rank 0 has not come to .*step (\d+), where ranks 1, 2 waited", said)
+    place = re.search(missing(0, r".*step (?P<step>\d+)"), said)
     assert place is not None and "stopped by a signal" in said and re.search(r"by rank [12]\)", said)
-    epochs = str(int(place[1]) // 15 + 2)
+    epochs = str(int(place["step"]) // 15 + 2)
     done = run.cli([*TRAIN, *argv, "--epochs", epochs], 3)
     assert re.search("saved by rank [12] of 3", done.stderr)
     result = result_of(done.stdout)
@@ -149,8 +154,9 @@ def test_a_rank_of_another_node(two_hosts: HostsRun) -> None:
     (folder / "mynet.py").write_text(MODEL)
     argv = ["--mode", "sync", "--epochs", "2", "--stall-seconds", "3", "--output", str(folder / "run")]
     said = hung(two_hosts, argv, [[2, True, 4, 1.5], [2, True, 9, "stop"]], 4, PYTHONPATH=f"{REPO}:{folder}")
-    assert "rank 2 has not come to the average of the gradients of step 9, where ranks 0, 1, 3 waited" in said
-    assert re.search(r"rank 2 \(process \d+ on n2\): no sign of life from there", said)
+    assert re.search(missing(2, "the average of the gradients of step 9"), said)
+    # Who speaks first, and whether the others had waited before the stop.
+    assert re.search(r"rank 2 \(process \d+ on n2\): (no sign of life from there|heard of last|stopped by a signal)", said)
     assert newest(folder / "run").exists()
 
 
@@ -167,7 +173,7 @@ def test_a_rank_of_another_node_whose_answer_is_missing(two_hosts: HostsRun) -> 
 
 def _stop(*paths: Path, seconds: float | None = None) -> None:
     """Stop the processes whose numbers these files hold, as soon as they are there; let them go on after so many seconds."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not all(path.exists() for path in paths):
         if time.monotonic() > deadline:
             return

@@ -141,7 +141,8 @@ def test_until_inspect_and_compare(mpirun: MpiRun, capsys: pytest.CaptureFixture
 
 @only_mpich
 def test_a_killed_run_is_replayed_as_far_as_it_is_known(mpirun: MpiRun, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = record(mpirun, {"run": ("--rule", "dc-asgd", *NORM, *batch(3))}, 3, env={"DIES": "1"}, check=False)
+    words = ("--rule", "dc-asgd", "--staleness", "3", *NORM, *batch(3))  # so that the others have made steps by then, too
+    folder = record(mpirun, {"run": words}, 3, env={"DIES": "1"}, check=False)
     run = folder / "run"
     assert len(column(run, 1, "steps")) > 20  # nothing of what the killed rank wrote is lost
     records = read_record(run)

@@ -19,6 +19,7 @@ from hpcasync.train.screen import Facts, Pace, picture
 from tests.mpi import TOKEN, MpiRun, processes_of
 from tests.terminal import Terminal
 
+pytestmark = pytest.mark.timeout(600)  # screens that are waited for on a machine that may be busy
 RANK = re.compile(r"^ *(\d+) +(\d+) +([\d.]+) +([\d,]+) +(\d+)/(\d+) +(\d+) % +(\d+) % +(\d+) % *(.*)$")
 TRAIN = ["train", "--live", "--epochs", "100000", "--batch", "1", "--lr", "0.001", "--checkpoint-every", "0", "--output"]
 

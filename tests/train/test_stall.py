@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.cli.test_stall import CODES
+from tests.cli.test_stall import CODES, missing
 from tests.mpi import MpiRun
 
 HEAD = """
@@ -90,7 +92,7 @@ def test_the_sum_of_the_models_hangs(mpirun: MpiRun) -> None:
 def test_a_rank_that_hangs_in_a_checkpoint(mpirun: MpiRun) -> None:
     done = mpirun(IN_A_CHECKPOINT, 3, check=False)
     assert done.returncode in CODES[mpirun.lane.name], done.stderr
-    assert "rank 2 has not come to a checkpoint after step 3, where ranks 0, 1 waited" in done.stderr
+    assert re.search(missing(2, "a checkpoint after step 3"), done.stderr)
     assert "alive, in a checkpoint after step 3" in done.stderr and "time.sleep(10**6)" in done.stderr
     assert "No checkpoint: none was asked for" in done.stderr
 
