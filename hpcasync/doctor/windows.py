@@ -17,6 +17,9 @@ BUSY_SECONDS = 0.3
 PASSIVE_SECONDS = BUSY_SECONDS / 4
 """Operations that take longer have waited for it."""
 
+TRIES = 3
+"""The quickest of so many counts: on a busy machine an operation may be slow for another reason."""
+
 WORDS = 8
 
 
@@ -122,17 +125,19 @@ def _probe(make: Callable[[Any], tuple[Any, int]], comm: Any, origin: int) -> fl
         assert found[0] == 8, f"get found {found[0]} after 7 + 1"
         return time.perf_counter() - began
 
-    seconds = 0.0
+    seconds: list[float] = []
     comm.Barrier()
     if comm.rank == origin:
         use()  # the first operations set the connection up
-    comm.Barrier()
-    if comm.rank == 0:
-        time.sleep(BUSY_SECONDS)
-    elif comm.rank == origin:
-        time.sleep(BUSY_SECONDS / 6)
-        seconds = use()
-    comm.Barrier()
+    for _ in range(TRIES):
+        comm.Barrier()
+        if comm.rank == 0:
+            time.sleep(BUSY_SECONDS)
+        elif comm.rank == origin:
+            time.sleep(BUSY_SECONDS / 6)
+            seconds.append(use())
+        if comm.bcast(bool(seconds) and min(seconds) <= PASSIVE_SECONDS, root=origin):
+            break
     window.Unlock_all()
     window.Free()
-    return seconds
+    return min(seconds, default=0.0)
