@@ -213,10 +213,10 @@ class Replay:
         if all(r.syncs == number for r in party):  # the first to leave
             average_buffers(party, self._left.meetings.get(number))
             met = int(rank.event["clock"])
-            if met < self._met:  # ranks had died since the meeting before
+            if 0 < met < self._met:  # ranks had died since the meeting before; 0 in records of an earlier version
                 for i, r in enumerate(party):
                     self.store.forget_the_dead(r.worker, shared=i == 0)
-            self._met = met
+            self._met = met or self._met
         rank.syncs += 1
         return True
 
