@@ -50,6 +50,7 @@ class Net(torch.nn.Module):
 def net(shape, classes):
     return Net(classes)
 """
+pytestmark = pytest.mark.timeout(900)  # up to three jobs on a machine that may be busy
 FOR_EVER = 10**6
 EVALUATION = 2  # first call of an evaluation; the one before tries the model
 CODES = {"mpich": (76, 9), "openmpi": (76,)}  # MPICH's mpiexec ends with 9 when it looks first at a rank that it has killed
@@ -64,7 +65,7 @@ def run(mpirun: MpiRun) -> MpiRun:
 
 def hung(run: MpiRun, argv: list[str], plan: list[list[Any]], n: int, **env: str) -> str:
     """What a job says that stalls, on standard error."""
-    done = run.cli([*TRAIN, *argv], n, env={"PLAN": json.dumps(plan), **env}, check=False, timeout=120)
+    done = run.cli([*TRAIN, *argv], n, env={"PLAN": json.dumps(plan), **env}, check=False, timeout=300)
     assert done.returncode in CODES[run.lane.name], (done.returncode, done.stderr)
     assert processes_of(run.last_token) == []  # the stopped ones too
     return done.stderr
@@ -122,10 +123,10 @@ def test_a_slow_rank_and_a_suspended_job_are_not_accused(run: MpiRun) -> None:
     paths = [run.folder / f"pid-{rank}" for rank in (0, 1)]
     thread = threading.Thread(target=_stop, args=(*paths,), kwargs={"seconds": 6}, daemon=True)
     thread.start()
-    argv = ["--mode", "sync", "--epochs", "100", "--eval-every", "100", "--stall-seconds", "4", "--output", "run"]
-    done = run.cli([*TRAIN, *argv], 2, env={"PLAN": json.dumps(plan)}, timeout=120)
+    argv = ["--mode", "sync", "--epochs", "30", "--eval-every", "30", "--checkpoint-every", "0", "--stall-seconds", "4"]
+    done = run.cli([*TRAIN, *argv, "--output", "run"], 2, env={"PLAN": json.dumps(plan)}, timeout=300)
     thread.join()
-    assert "stalled" not in done.stderr and result_of(done.stdout)["updates"] == 100 * 23
+    assert "stalled" not in done.stderr and result_of(done.stdout)["updates"] == 30 * 23
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
@@ -173,7 +174,7 @@ def test_a_rank_of_another_node_whose_answer_is_missing(two_hosts: HostsRun) -> 
 
 def _stop(*paths: Path, seconds: float | None = None) -> None:
     """Stop the processes whose numbers these files hold, as soon as they are there; let them go on after so many seconds."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not all(path.exists() for path in paths):
         if time.monotonic() > deadline:
             return
