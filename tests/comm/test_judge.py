@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hpcasync.comm.judge import Stall, judge, named
 from hpcasync.comm.signs import BARRIER, BEAT, GRADIENTS, LEFT, PHASE, PID, STATE, STEPS, WAITS, WORDS
-from hpcasync.comm.stall import Stall, _ranks, judge
 
 PLACES = [(0, "a"), (0, "a"), (1, "b"), (1, "b")]
 
@@ -59,4 +59,4 @@ def test_ranks_that_have_left_or_were_never_heard() -> None:
 
 @pytest.mark.parametrize(("ranks", "text"), [([2], "rank 2"), ([1, 0], "ranks 0, 1"), ([0, 1, 2, 5], "ranks 0-2, 5")])
 def test_names_of_ranks(ranks: list[int], text: str) -> None:
-    assert _ranks(ranks) == text
+    assert named(ranks) == text
