@@ -67,7 +67,7 @@ MODES = {
 }  # fmt: skip
 RULES = ["trend-smooth", "gsgm", "easgd", "dc-asgd"]
 RANKS = [("mpich", 1), ("mpich", 2), ("mpich", 3), ("openmpi", 3)]
-pytestmark = pytest.mark.timeout(600)  # three launches for the first test of its ranks
+pytestmark = pytest.mark.timeout(1000)  # three launches for the first test of its ranks
 COMMON = ["train", "--model", "mynet:net", "--epochs", "3", "--batch", "32", "--json", "--seed", "3"]
 OTHER = {mode: MODES.get(mode, ["--mode", "async", "--rule", "gsgm"]) for mode in ("sync", "kstep", "async")}
 TIMES = ("seconds", "samples_per_second", "share", "resumed_from", "restarts")
@@ -135,7 +135,7 @@ class Runs:
     def _stage(self, commands: dict[str, Any], n: int | None) -> dict[str, Said]:
         path = self.folder / "stage.json"
         path.write_text(json.dumps(commands))
-        done = self._mpirun(PROGRAM, n, args=[path], timeout=180)
+        done = self._mpirun(PROGRAM, n, args=[path], timeout=300)
         everyone = json.loads(done.stdout.rstrip("\n").split("\n")[-1])
         assert all({run: said[0] for run, said in rank.items()} == {r: s[0] for r, s in everyone[0].items()} for rank in everyone)
         assert not list(self.folder.glob("*/run.lock"))

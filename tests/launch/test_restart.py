@@ -35,7 +35,8 @@ class Net(torch.nn.Module):
 def net(shape, classes):
     return Net(classes)
 """
-EVERY, EPOCHS, STEPS = 20, 60, 23
+EVERY, EPOCHS, STEPS = 20, 40, 23
+pytestmark = pytest.mark.timeout(600)  # two starts on a machine that may be busy
 
 
 @pytest.mark.parametrize("mode", ["async", "sync", "kstep"])
@@ -48,7 +49,7 @@ def test_no_more_is_lost_than_since_the_last_checkpoint(mpirun: MpiRun, mode: st
     where = {"output": "run", "checkpoint_every": EVERY}
     (mpirun.folder / "run.toml").write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in where.items()))
     argv = ["launch", "-n", 2, "--max-restarts", 1, "--", *train, "--config", "run.toml"]
-    done = mpirun.cli([str(word) for word in argv], None, timeout=150)
+    done = mpirun.cli([str(word) for word in argv], None, timeout=400)
     thread.join()
     assert len(killed) == 1 and "restart 1 of 1" in done.stderr and processes_of(mpirun.last_token) == []
     found = re.search(r"resumed from run/checkpoint-\d+\.h5: epoch (\d+), step (\d+)", done.stderr)
@@ -68,7 +69,7 @@ def test_the_lost_rank_is_left_out(mpirun: MpiRun) -> None:
     train = ["train", "--model", "mynet:net", "--mode", "sync", "--epochs", EPOCHS, "--eval-every", EPOCHS, "--json"]
     words = ["-n", 3, "--max-restarts", 1, "--min-ranks", 2]
     argv = ["launch", *words, "--", *train, "--output", "run", "--checkpoint-every", EVERY]
-    done = mpirun.cli([str(word) for word in argv], None, timeout=150)
+    done = mpirun.cli([str(word) for word in argv], None, timeout=400)
     thread.join()
     assert "of rank 1 (killed by signal 9 at " in done.stderr and "with 2 of 3 ranks" in done.stderr
     assert "made by 3 ranks, now 2. Reset: " in done.stderr
@@ -80,7 +81,7 @@ def test_the_lost_rank_is_left_out(mpirun: MpiRun) -> None:
 
 def _kill(folder: Path, rank: int, killed: list[int]) -> None:
     """Kill a rank as soon as it has made some 50 steps."""
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         for path in folder.glob(f"steps-{rank}-*"):
             if int(path.read_text() or 0) >= 50:
