@@ -22,7 +22,7 @@ FACTS = {"bystander"}
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in FACTS])
 def test_quick_run(name: str, lane: Lane, mpirun: MpiRun, tmp_path: Path) -> None:
     kept = tmp_path / "results.json"
-    done = mpirun(FOLDER / f"{name}.py", None, args=["--quick", "--json", kept], timeout=150)
+    done = mpirun(FOLDER / f"{name}.py", None, args=["--quick", "--json", kept], timeout=300)
     found = json.loads(kept.read_text())
     assert found["benchmark"] == name
     assert {"cores", "cpu", "mpi", "torch", "numba"} <= found["machine"].keys()
@@ -48,6 +48,6 @@ def test_help_does_not_start_mpi(name: str) -> None:
         "    sys.exit(end.code or ('mpi4py' in sys.modules))\n"
     )
     env = {"PYTHONPATH": str(FOLDER), "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "--quick" in done.stdout

@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_no_half_file(mpirun: MpiRun) -> None:
     records.RunFolder.finish = finish
     sys.exit(main(["train", "--epochs", "1", "--output", "run"]))
     """
-    done = mpirun(code, 2, check=False, timeout=60)
+    done = mpirun(code, 2, check=False, timeout=250)
     assert done.returncode == 2
     assert "run.h5" in done.stderr and "Traceback" not in done.stderr and "file-size limit" in done.stderr
     assert sorted(p.name for p in (mpirun.folder / "run").iterdir()) == [

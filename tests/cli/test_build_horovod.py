@@ -81,6 +81,6 @@ def test_errors(tmp_path: Path) -> None:
         ([], {"PMI_SIZE": "2", "PMI_RANK": "0"}, "run it once, without a launcher"),
         (["--jobs", "0"], {}, "--jobs=0: expected at least 1"),
     ):
-        done = subprocess.run([*command, *extra], env=env, capture_output=True, text=True, timeout=100)
+        done = subprocess.run([*command, *extra], env=env, capture_output=True, text=True, timeout=200)
         assert done.returncode == 2 and text in done.stderr, done.stderr
     assert not list(tmp_path.rglob("*.whl"))

@@ -13,7 +13,7 @@ from tests import hosts
 from tests.hosts import HostsRun
 from tests.mpi import Lane, MpiRun
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 CHECKS = ["MPI", "thread level", "launcher", "node map", "oversubscription", "devices", "shared memory", "windows"]
 CHECKS += [
@@ -39,7 +39,7 @@ def _report(done: subprocess.CompletedProcess[str]) -> dict[str, dict[str, Any]]
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_all_is_well(mpirun: MpiRun, ranks: int) -> None:
-    lines = _report(mpirun.cli(["doctor", "--json"], None if ranks == 1 else ranks, timeout=150))
+    lines = _report(mpirun.cli(["doctor", "--json"], None if ranks == 1 else ranks, timeout=250))
     assert set(CHECKS) <= set(lines)
     assert mpirun.lane.name in lines["MPI"]["found"].lower().replace(" ", "")
     assert lines["thread level"]["found"] == "multiple"
@@ -119,7 +119,7 @@ def test_updates_without_locks_are_seen_to_be_lost(mpirun: MpiRun) -> None:
         if world.rank == 0:
             print(lines["lost updates"])
         """
-    assert "status='fail'" in mpirun(code, 2, timeout=120).stdout
+    assert "status='fail'" in mpirun(code, 2, timeout=250).stdout
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)

@@ -268,6 +268,6 @@ def test_a_signal_to_mpiexec_reaches_the_ranks(mpirun: MpiRun, name: str) -> Non
         pytest.skip("what Open MPI's mpiexec does with SIGTERM has not been measured; Slurm sends it to the ranks")
     train = ["train", "--mode", "async", "--epochs", "4000", "--eval-every", "4000", "--checkpoint-every", "20"]
     command = [lane.mpiexec, *lane.flags, "-n", "2", *lane.cli, *train, "--output", "run"]
-    done = mpirun(LAUNCHER, None, args=[name, *command], timeout=120)
+    done = mpirun(LAUNCHER, None, args=[name, *command], timeout=250)
     assert "CODE 75" in done.stdout and f"stopped by {name}" in done.stderr
     assert not (mpirun.folder / "run" / "run.lock").exists()

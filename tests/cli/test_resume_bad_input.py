@@ -89,7 +89,7 @@ def test_every_case_says_what_is_wrong_once_and_returns_2(mpirun: MpiRun, ranks:
     cases = {name: argv for name, (argv, _) in CASES.items()}
     cases["fallback"] = ["--output", "fallback", "--resume", "auto"]
     (mpirun.folder / "cases.json").write_text(json.dumps(cases))
-    done = mpirun(PROGRAM, ranks, args=["cases.json"], timeout=150)
+    done = mpirun(PROGRAM, ranks, args=["cases.json"], timeout=250)
     everyone = json.loads(done.stdout.splitlines()[-1])
     code, text = everyone[0].pop("fallback")
     assert code == 0 and text.count("warning:") == 1 and "Going on from fallback/checkpoint-" in text
@@ -114,12 +114,12 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(mpirun: MpiRun) -> None
         pytest.skip("this container may not mount")
     try:
         args = ["train", "--mode", "sync", "--epochs", "5", "--keep", "4", "--json", "--output", "disk/run"]
-        done = mpirun.cli(args, 2, timeout=120)
+        done = mpirun.cli(args, 2, timeout=250)
         assert done.stderr.count("disk is full") == 1 and "The run goes on" in done.stderr
         kept = sorted(p.name for p in (disk / "run").glob("checkpoint-*"))
         assert kept == ["checkpoint-000001.h5", "checkpoint-000002.h5"]
         assert not list((disk / "run").glob(".*"))
-        again = mpirun.cli([*args, "--resume", "auto"], 2, timeout=120)
+        again = mpirun.cli([*args, "--resume", "auto"], 2, timeout=250)
         assert "resumed from disk/run/checkpoint-000002.h5: epoch 3, step 0" in again.stderr
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -144,6 +144,6 @@ def test_launched_twice_at_the_same_time(mpirun: MpiRun) -> None:
     Run.epochs = epochs
     sys.exit(main(["train", "--epochs", "1", "--output", "run"]))
     """
-    done = mpirun(code, 2, timeout=120)
+    done = mpirun(code, 2, timeout=250)
     assert "SECOND 2" in done.stdout and "a run is at work in run" in done.stdout
     assert (Path(mpirun.folder) / "run" / "result.json").exists()

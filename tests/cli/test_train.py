@@ -126,13 +126,13 @@ def test_a_users_own_model(mpirun: MpiRun) -> None:
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
 def test_more_ranks_than_cores_finish(mpirun: MpiRun) -> None:
-    done = mpirun.cli(["train", "--epochs", "2", "--staleness", "2", "--json"], 8, timeout=120)
+    done = mpirun.cli(["train", "--epochs", "2", "--staleness", "2", "--json"], 8, timeout=250)
     assert result_of(done.stdout)["ranks"] == 8
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)
 def test_demo(mpirun: MpiRun) -> None:
-    done = mpirun.cli(["demo", "--output", "demo"], None, timeout=170)
+    done = mpirun.cli(["demo", "--output", "demo"], None, timeout=350)
     assert "Trend-Smooth" in done.stdout and "staleness" in done.stdout and "wait" in done.stdout
     picture = Path(re.search(r"learning curves: (\S+\.png)", done.stdout)[1])  # type: ignore[index]
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -168,7 +168,7 @@ def need(backend: str, lane: Lane) -> None:
         "from hpcasync.comm import init; print(problem(init()) or 'usable')"
     )
     # MPI is initialised as a single process; Open MPI must not take this process for one of an outer job.
-    done = subprocess.run([lane.python, "-c", code], capture_output=True, text=True, env={**os.environ, **lane.env}, timeout=100)
+    done = subprocess.run([lane.python, "-c", code], capture_output=True, text=True, env={**os.environ, **lane.env}, timeout=200)
     reason = (done.stdout.strip().splitlines() or [done.stderr])[-1]
     if reason == "usable":
         return
@@ -183,7 +183,7 @@ def need(backend: str, lane: Lane) -> None:
 def test_sums_and_training(mpirun: MpiRun, lane: Lane, backends: tuple[str, ...], n: int) -> None:
     for backend in backends:
         need(backend, lane)
-    done = mpirun(each(SUMS + TRAIN), n, args=backends, timeout=150 * len(backends))
+    done = mpirun(each(SUMS + TRAIN), n, args=backends, timeout=250 * len(backends))
     assert [done.stdout.count(f"done {backend}") for backend in backends] == [n] * len(backends)
 
 
@@ -194,7 +194,7 @@ def test_window_across_nodes(mpirun: MpiRun, n: int) -> None:
     env = {"MPIR_CVAR_NUM_CLIQUES": "2", "UCX_TLS": "tcp,self"}
     code = HEAD + "assert world.nodes == 2 and world.local_size == (2 if me % 2 == 0 or P == 4 else 1)\n"
     sums = SUMS.replace('NAME == "window"', "False")  # nodes are summed one by one, then together
-    done = mpirun(code + sums + TRAIN, n, args=["window"], env=env, timeout=150)
+    done = mpirun(code + sums + TRAIN, n, args=["window"], env=env, timeout=250)
     assert done.stdout.count("done") == n
 
 

@@ -51,5 +51,5 @@ print("done")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_on_a_shared_gpu(mpirun: MpiRun, lane: Lane, backend: str, n: int) -> None:
     need(backend, lane)
-    done = mpirun(HEAD + CODE, n, args=[backend], timeout=150)
+    done = mpirun(HEAD + CODE, n, args=[backend], timeout=250)
     assert done.stdout.count("done") == n

@@ -64,7 +64,7 @@ def outcome(env: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
         env=clean | {"PYTHONPATH": str(REPO)} | env,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
     )
 
 

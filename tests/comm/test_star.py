@@ -59,6 +59,6 @@ def test_the_living_agree_and_go_on(mpirun: MpiRun, tmp_path: Path) -> None:
     lane = mpirun.lane
     outlive = "-disable-auto-cleanup" if lane.name == "mpich" else "--continuous"
     command = [lane.mpiexec, *lane.flags, outlive, "-n", "4", wrapper, lane.python, program, tmp_path]
-    subprocess.run(list(map(str, command)), env=os.environ | lane.env, timeout=120, check=False)
+    subprocess.run(list(map(str, command)), env=os.environ | lane.env, timeout=250, check=False)
     assert (tmp_path / "0").read_text() == (tmp_path / "3").read_text() == "ok"
     assert not (tmp_path / "1").exists() and not (tmp_path / "2").exists()

@@ -129,7 +129,7 @@ assert pending.test()
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_world_agreement_and_collectives(mpirun: MpiRun, n: int) -> None:
-    done = mpirun(WORLD + AGREE + COLLECTIVES + BARRIER + "print('done')", n, timeout=100)
+    done = mpirun(WORLD + AGREE + COLLECTIVES + BARRIER + "print('done')", n, timeout=200)
     assert done.stdout.count("done") == n
 
 

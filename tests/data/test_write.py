@@ -146,7 +146,7 @@ def test_a_write_that_fails_inside_hdf5(tmp_path, monkeypatch):
         preexec_fn=limit,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
     )
     assert done.returncode == 1
     assert done.stderr.startswith("UsageError: cannot write")

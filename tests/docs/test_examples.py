@@ -55,7 +55,7 @@ def test_script(mpirun: MpiRun, name: str) -> None:
 def test_replay(mpirun: MpiRun, tmp_path: Path) -> None:
     folder = mpirun.lane.python.parent
     env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(["bash", EXAMPLES / "replay.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", EXAMPLES / "replay.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "identical" in done.stdout and "staleness" in done.stdout
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

@@ -44,7 +44,7 @@ class SurvivingJob:
     def __exit__(self, *error: object) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)  # the launcher ends its ranks
-            self.process.communicate(timeout=60)
+            self.process.communicate(timeout=250)
 
     def pids(self) -> dict[int, int]:
         """Process ids of the living ranks."""

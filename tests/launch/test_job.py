@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(400)  # jobs on a machine that may be busy
 def launch(*words: str | Path, tmp: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hpcasync", "launch", *map(str, words)]
     env = os.environ | COMMON_ENV | ({} if tmp is None else {"TMPDIR": str(tmp)})
-    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, env=env)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_killed_job_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
             time.sleep(0.02)
         os.kill(json.loads((output / "run.lock").read_text())["pid"], signal.SIGKILL)
         (tmp_path / "hold").unlink()
-        out, err = process.communicate(timeout=150)
+        out, err = process.communicate(timeout=250)
     finally:
         if process.poll() is None:
             process.terminate()
@@ -155,7 +155,7 @@ def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | COMMON_ENV)
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=250)
     assert process.returncode == 130 and "Traceback" not in err and "hpcasync: interrupted; all ranks have been ended" in err
 
 

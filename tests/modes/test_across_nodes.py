@@ -121,7 +121,7 @@ except ha.UsageError as error:
 
 
 def run(hosts: HostsRun, n: int, body: str, workers: int | None = None, **options: object) -> None:
-    done = hosts(HEAD + body + "\nprint('done', flush=True)\n", n, timeout=170, **options)  # type: ignore[arg-type]
+    done = hosts(HEAD + body + "\nprint('done', flush=True)\n", n, timeout=350, **options)  # type: ignore[arg-type]
     assert done.stdout.count("done") == (n if workers is None else workers)
 
 
@@ -176,7 +176,7 @@ for step in range(1000000):
         raise RuntimeError("this rank fails")
     train(opt, model, range(1), world.rank)
 """
-    done = two_hosts(HEAD + body, 4, check=False, timeout=100)
+    done = two_hosts(HEAD + body, 4, check=False, timeout=200)
     assert done.returncode != 0
     assert "rank 3 of 4 failed" in done.stderr and "this rank fails" in done.stderr
 

@@ -131,18 +131,18 @@ print("done", flush=True)
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_the_trajectory_of_the_cpu(mpirun: MpiRun, n: int) -> None:
-    done = mpirun(HEAD + SAME, n, timeout=150)
+    done = mpirun(HEAD + SAME, n, timeout=250)
     print(done.stdout)  # the split of a step's time: pytest -s
     assert done.stdout.count("done") == n
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_pinned_and_no_wait_that_need_not_be(mpirun: MpiRun, n: int) -> None:
-    assert mpirun(HEAD + QUIET, n, timeout=150).stdout.count("done") == n
+    assert mpirun(HEAD + QUIET, n, timeout=250).stdout.count("done") == n
 
 
 @pytest.mark.parametrize("lane", ["mpich"], indirect=True)  # the streams are the same with both
 def test_streams_are_ordered(mpirun: MpiRun) -> None:
     """torch's own sanitizer looks for two streams that touch a tensor in no order."""
-    done = mpirun(HEAD + SAME, 1, env={"TORCH_CUDA_SANITIZER": "1"}, timeout=170)
+    done = mpirun(HEAD + SAME, 1, env={"TORCH_CUDA_SANITIZER": "1"}, timeout=250)
     assert "possible data race" not in done.stdout + done.stderr

@@ -63,7 +63,7 @@ def test_two_groups_by_hand(mpirun: MpiRun) -> None:
 def test_two_groups_by_hand_on_every_backend(mpirun: MpiRun, lane: Lane, collectives: str) -> None:
     need(collectives, lane)
     cases = {name: (options | {"collectives": collectives}, expected) for name, (options, expected) in BY_HAND.items()}
-    assert mpirun(PROGRAM, 2, args=[json.dumps(cases)], timeout=100).stdout.count("done") == 2
+    assert mpirun(PROGRAM, 2, args=[json.dumps(cases)], timeout=200).stdout.count("done") == 2
 
 
 @mpich
@@ -243,7 +243,7 @@ def test_the_simulator_makes_the_same_run(mpirun: MpiRun, tmp_path: Path, delay:
 @mpich
 def test_from_the_shell(mpirun: MpiRun) -> None:
     args = ["train", "--mode", "hierarchical", "--groups", "2", "--every", "8", "--block-momentum", "0.3", "--delay", "4"]
-    done = mpirun.cli([*args, "--epochs", "4", "--batch", "8", "--json"], 4, timeout=170)
+    done = mpirun.cli([*args, "--epochs", "4", "--batch", "8", "--json"], 4, timeout=350)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["mode"] == "hierarchical" and result["rule"] == "trend-smooth"
     assert result["test_accuracy"] > 0.85 and result["staleness"]["max"] >= 1
@@ -316,5 +316,5 @@ def test_over_four_hosts(four_hosts: HostsRun) -> None:
         print("done", flush=True)
         """,
         8,
-        timeout=150,
+        timeout=250,
     )

@@ -200,7 +200,7 @@ opt.close()
 """
 
 
-def run(mpirun: MpiRun, n: int, *parts: str, timeout: float = 100) -> None:
+def run(mpirun: MpiRun, n: int, *parts: str, timeout: float = 200) -> None:
     done = mpirun(HEAD + "".join(parts) + "\nprint('done', flush=True)\n", n, timeout=timeout)
     assert done.stdout.count("done") == n
 
@@ -236,7 +236,7 @@ for i, argv in enumerate(json.loads(sys.argv[1])):
 
 
 def test_every_method_trains_from_the_command_line(mpirun: MpiRun) -> None:
-    done = mpirun(PROGRAM, 3, args=[json.dumps(RULES)], timeout=150)
+    done = mpirun(PROGRAM, 3, args=[json.dumps(RULES)], timeout=300)
     results: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert [r["rule"] for r in results] == [argv[0] for argv in RULES]
     for argv, result in zip(RULES, results):

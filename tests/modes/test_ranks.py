@@ -556,7 +556,7 @@ for mode in MODES:
 """
 
 
-def run(mpirun: MpiRun, n: int, *parts: str, timeout: float = 100) -> None:
+def run(mpirun: MpiRun, n: int, *parts: str, timeout: float = 200) -> None:
     done = mpirun(HEAD + "".join(parts) + "\nprint('done', flush=True)\n", n, timeout=timeout)
     assert done.stdout.count("done") == n
 

@@ -246,6 +246,6 @@ print("done", flush=True)
 
 def test_ranks_with_late_copies(mpirun: MpiRun) -> None:
     """Every backend that sums on the host, and the window: the bits of ranks that copy nothing."""
-    assert mpirun(RANKS, 2, timeout=150).stdout.count("done") == 2
+    assert mpirun(RANKS, 2, timeout=250).stdout.count("done") == 2
 
 

@@ -40,7 +40,7 @@ NORM, FROZEN = ("--model", "tests.replay.nets:norm"), ("--model", "tests.replay.
 def launch(mpirun: MpiRun, runs: Mapping[str, Sequence[str]], ranks: int, **options: Any) -> Any:
     """Train each run under the name of its folder, all in one launch."""
     (mpirun.folder / "runs.json").write_text(json.dumps(runs))
-    return mpirun(PROGRAM, ranks, args=[mpirun.folder], timeout=120, **options)
+    return mpirun(PROGRAM, ranks, args=[mpirun.folder], timeout=250, **options)
 
 
 def record(mpirun: MpiRun, runs: Mapping[str, Sequence[str]], ranks: int, **options: Any) -> Path:

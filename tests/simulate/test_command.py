@@ -27,7 +27,7 @@ def command(folder: Path, *args: str, code: int = 0) -> subprocess.CompletedProc
     path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parents[2])])
     line = [sys.executable, "-m", "hpcasync", "simulate", *args]
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == code, done.stderr
     return done
 

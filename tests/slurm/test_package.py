@@ -25,7 +25,7 @@ def test_the_wheel_of_an_sdist_has_sites_and_template(tmp_path: Path) -> None:
 
     def run(*words: str | Path, cwd: Path, **env: str) -> str:
         full = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | env
-        done = subprocess.run([sys.executable, *words], cwd=cwd, env=full, capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, *words], cwd=cwd, env=full, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -167,5 +167,5 @@ print("done", flush=True)
 
 
 def test_turns_in_the_window(mpirun: MpiRun) -> None:
-    done = mpirun(TURNS, 3, timeout=150)
+    done = mpirun(TURNS, 3, timeout=250)
     assert done.stdout.count("done") == 3

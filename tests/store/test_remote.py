@@ -179,7 +179,7 @@ store.close()
 """
 
 
-def run(mpirun: MpiRun, n: int, nodes: int, body: str, timeout: float = 150, **options: object) -> None:
+def run(mpirun: MpiRun, n: int, nodes: int, body: str, timeout: float = 250, **options: object) -> None:
     head = HEAD.replace("NODES", str(nodes))
     done = mpirun(head + body + "\nprint('done', flush=True)\n", n, timeout=timeout, **options)  # type: ignore[arg-type]
     assert done.stdout.count("done") == n

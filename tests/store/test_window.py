@@ -36,7 +36,7 @@ def values(store, out):
 """
 
 
-def run(mpirun: MpiRun, n: int, body: str, timeout: float = 100) -> None:
+def run(mpirun: MpiRun, n: int, body: str, timeout: float = 200) -> None:
     done = mpirun(HEAD + body + "\nprint('done', flush=True)\n", n, timeout=timeout)
     assert done.stdout.count("done") == n
 
@@ -160,7 +160,7 @@ def test_eight_ranks_on_few_cores_and_one_tiny_shard(mpirun: MpiRun) -> None:
         assert out[0] == 50 * P, out[0]
         store.close()
     """
-    run(mpirun, 8, body.replace("\n        ", "\n"), timeout=150)
+    run(mpirun, 8, body.replace("\n        ", "\n"), timeout=250)
 
 
 def test_shared_memory_too_small(tmp_path: Path) -> None:

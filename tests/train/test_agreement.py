@@ -120,5 +120,5 @@ print("done\\n", end="")
 
 
 def test_ranks_that_wait_for_nobody_stop_at_the_same_step(mpirun: MpiRun) -> None:
-    done = mpirun(OVERLAPPED, n=3, timeout=120)
+    done = mpirun(OVERLAPPED, n=3, timeout=250)
     assert done.stdout.count("done") == 3

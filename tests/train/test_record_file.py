@@ -66,7 +66,7 @@ def test_a_killed_writer_leaves_all_it_wrote(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     path = rank_path(tmp_path, 0)
-    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=60, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code, str(path)], timeout=250, cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL
     found = read_record(tmp_path)[0]
     assert len(found.events) == len(found.steps) == 1234 and not found.closed
@@ -116,7 +116,7 @@ def test_a_full_disk_ends_the_record_and_not_the_run(tmp_path: Path) -> None:
     script = "mount -t tmpfs -o size=14m none disk && cd disk && exec \"$0\" -c \"$1\""
     command = ["unshare", "--mount", "sh", "-c", script, sys.executable, FULL]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no room for more of the record") == 1 and "records: run" in done.stdout
 

@@ -38,7 +38,7 @@ def report():
 
 def run(mpirun: MpiRun, folder: Path, code: str, n: int = 2) -> list[dict[str, object]]:
     """What each rank has found."""
-    mpirun(HEAD + code + "\nreport()\n", n, args=[folder], timeout=150)
+    mpirun(HEAD + code + "\nreport()\n", n, args=[folder], timeout=300)
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(n)]
 
 
@@ -256,7 +256,7 @@ print("fit has ended")
     indirect=["lane"],
 )
 def test_one_rank_fails(mpirun: MpiRun, tmp_path: Path, mode: str, fail: str, says: str) -> None:
-    done = mpirun(HEAD + FAILS.format(mode=mode, fail=fail), 2, args=[tmp_path], timeout=100, check=False)
+    done = mpirun(HEAD + FAILS.format(mode=mode, fail=fail), 2, args=[tmp_path], timeout=200, check=False)
     assert done.returncode != 0
     assert says in done.stderr
     assert "fit has ended" not in done.stdout
