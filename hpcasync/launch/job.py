@@ -23,7 +23,9 @@ from hpcasync.launched import FOLDER, RESTARTED, SURVIVE, TRAINING, Death, abort
 from hpcasync.train.signals import EXIT_CODE
 
 LOOK_SECONDS = 0.2
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+AT_ONCE = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""These end the job without a checkpoint; the others are for the ranks."""
 SPEAK_SECONDS = 10.0
 """So long rank 0 has to say what is wrong and to end, where another rank ends with an error before there is a run."""
 PER_RANK = 6 << 20
@@ -80,7 +82,8 @@ class Job:
     def listen(self) -> None:
         """From here on this launcher's signals are for the ranks of this job; `leave` ends that."""
         for number in SIGNALS:
-            signal.signal(number, self._pass_on)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                signal.signal(number, self._pass_on)
 
     def run(self) -> int:
         """Start it and wait for its end. Returns its exit code, 128 + n for a signal n."""
@@ -93,7 +96,8 @@ class Job:
             env |= {SURVIVE: "1"} if self._survive else {}
             env |= {RESTARTED: json.dumps(self._earlier)} if self._earlier is not None else {}
             command = self._library.command(self._count, self._program, self._survive, self._noted)
-            process = subprocess.Popen(command, env=env)
+            # A session of its own: signals to the group of this launcher (Ctrl-C, timeout, batch systems) come here only.
+            process = subprocess.Popen(command, env=env, start_new_session=True)
             try:
                 code = self._watch(process, Path(folder), ledger)
                 self.deaths = self._find_deaths(Path(folder))
@@ -141,7 +145,7 @@ class Job:
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         self._received = number
-        if number == signal.SIGINT:
+        if number in AT_ONCE:
             raise KeyboardInterrupt
         self._passed_on = False
         self._tell_ranks()

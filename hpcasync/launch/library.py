@@ -20,6 +20,7 @@ OUTER = ("OMPI_COMM", "PMI_", "PMIX_", "PRTE_")
 """Variables of a job that this one is started from."""
 
 WRAPPER = """trap '' USR1
+trap : TERM
 "$@"
 code=$?
 rank=${PMI_RANK:-$OMPI_COMM_WORLD_RANK}

@@ -56,7 +56,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left behind; only for who holds the folder's lock."""
+    """Remove what killed or failed writers left behind; only for who holds the folder's lock, and writes nothing just now."""
     for path in folder.glob(".checkpoint-*.tmp"):
         with contextlib.suppress(OSError):
             path.unlink()

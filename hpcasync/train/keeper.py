@@ -145,6 +145,7 @@ class Keeper:
             self.newest, self._warned = str(path), False
             if self._folder is not None:
                 prune(self._folder.path, self._keep)
+                sweep(self._folder.path)  # a folder that was away when a write failed may have kept its beginning
         if running:
             share.start()
 

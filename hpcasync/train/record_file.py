@@ -94,11 +94,12 @@ class RankFile:
         shapes["hypers"] += hyper
         shapes["counts"] = (CLOSED + 1,)
         offsets = {}
+        self._about = {"format": FORMAT, "version": VERSION, "facts": json.dumps(facts)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # not truncated: an old record may still be mapped
             with h5py.File(path, "w", alignment_threshold=64, alignment_interval=64, libver="v110") as file:
-                file.attrs.update({"format": FORMAT, "version": VERSION, "facts": json.dumps(facts)})
+                file.attrs.update(self._about)
                 for name, values in arrays.items():
                     file[name] = values
                 for name, shape in shapes.items():
@@ -169,12 +170,12 @@ class RankFile:
             ended: whether the run came to its end.
 
         Raises:
-            UsageError: no room for it; what has been recorded stays as it is.
+            UsageError: no room for it, or its folder is not there; what has been recorded stays as it is.
         """
         self.counts[CLOSED] = ended
         image = io.BytesIO()  # HDF5 can't report a full disk cleanly
-        with h5py.File(self.path, "r") as old, h5py.File(image, "w", libver="v110") as file:
-            file.attrs.update(old.attrs)
+        with h5py.File(image, "w", libver="v110") as file:
+            file.attrs.update(self._about)
             if facts is not None:
                 file.attrs["end"] = json.dumps(facts)
             for name, values in self._arrays.items():

@@ -33,7 +33,12 @@ def find_terminal(stream: TextIO) -> Terminal | None:
     if os.isatty(own):
         return _open(f"/proc/self/fd/{own}", os.getpid())
     launcher = _launcher()
-    return _open(f"/proc/{launcher}/fd/2", launcher) if launcher else None
+    if not launcher:
+        return None
+    fields = process_stat(launcher)
+    # One that `hpcasync launch` has started is in a session without a terminal: then its parent owns it.
+    alone = len(fields) > TERMINAL and fields[TERMINAL] == "0"
+    return _open(f"/proc/{launcher}/fd/2", int(fields[PARENT]) if alone else launcher)
 
 
 def shows(stream: TextIO) -> bool:

@@ -190,7 +190,7 @@ def test_a_round(seed: int, tmp_path: Path, shim: Path | None) -> None:
             did.append(chaos.end(how))
             code, _, err = job.end(LIMIT)
         # Where the disk is full or read-only at the very end, the result can't be written.
-        unwritten = how == "by itself" and code == 2 and re.search(r"error: can('|no)t write", err)
+        unwritten = how == "by itself" and code == 2 and re.search(r"error: .*can('|no)t write", err)
         assert unwritten or code == (0 if how == "by itself" else 75), (did, code, err)
         assert "Traceback" not in err, (did, err)
         assert how != "host" or "restart 1 of 1" in err, (did, err)
@@ -210,4 +210,5 @@ def test_a_round(seed: int, tmp_path: Path, shim: Path | None) -> None:
                 assert rule == "hogwild" or (versions >= pushed - slack).all(), (did, versions, pushed)
             whole += 1
         assert whole, (did, err)
-        assert not [p.name for p in (disk / "run").iterdir() if p.suffix == ".tmp"]
+        # What could not be removed, since its folder was away, goes with the next checkpoint.
+        assert "cannot write" in err or not [p.name for p in (disk / "run").iterdir() if p.suffix == ".tmp"]

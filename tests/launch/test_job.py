@@ -19,7 +19,7 @@ from hpcasync.launch.library import COMMON, FOLLOW, WRAPPER
 from hpcasync.launch.processes import SHARED, Ledger
 from hpcasync.launch.resume import Resume
 from hpcasync.proc import started
-from tests.mpi import COMMON_ENV, TOKEN, processes_of
+from tests.mpi import COMMON_ENV, LANES, TOKEN, processes_of, require_lane
 
 pytestmark = pytest.mark.timeout(400)  # jobs on a machine that may be busy
 
@@ -150,13 +150,45 @@ def test_the_shell_around_a_rank_ends_as_it_did(program: str, code: int, tmp_pat
     assert (tmp_path / "first").read_text() == f"1 {128 - code if code < 0 else code}\n"
 
 
-def test_an_interrupt_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hpcasync", "launch", "-n", "2", "--", "sh", "-c", "echo up; sleep 100"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | COMMON_ENV)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_is_one_line(number: signal.Signals, tmp_path: Path) -> None:
+    """By Ctrl-C or a terminal that is closed, which tell the launcher's whole group."""
+    command = [sys.executable, "-m", "hpcasync", "launch", "-n", "2", "--", "sh", "-c", "echo up; sleep 1000"]
+    token = uuid.uuid4().hex
+    env = os.environ | COMMON_ENV | {TOKEN: token}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # these tests may run under nohup
+    )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=250)
     assert process.returncode == 130 and "Traceback" not in err and "hpcasync: interrupted; all ranks have been ended" in err
+    assert processes_of(token) == []
+
+
+@pytest.mark.parametrize("name", LANES)
+@pytest.mark.parametrize("flags", [("--survive",), ("--max-restarts", "1")], ids=" ".join)
+def test_a_stop_of_the_whole_group(name: str, flags: tuple[str, ...], tmp_path: Path) -> None:
+    """By timeout or a batch system: the launcher passes it on, and no mpiexec ends the ranks before they have saved."""
+    command = [require_lane(name).python, "-m", "hpcasync", "launch", "-n", "2", *flags, "--"]
+    command += ["train", "--epochs", "100000", "--batch", "8", "--threads", "1", "--output", str(tmp_path / "run"), "--json"]
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | COMMON_ENV,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 150
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=250)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+    assert process.returncode == 75 and "stopped by SIGTERM; checkpoint" in err
 
 
 def test_what_a_restart_goes_on_from(tmp_path: Path) -> None:

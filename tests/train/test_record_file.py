@@ -121,6 +121,20 @@ def test_a_full_disk_ends_the_record_and_not_the_run(tmp_path: Path) -> None:
     assert done.stderr.count("no room for more of the record") == 1 and "records: run" in done.stdout
 
 
+def test_a_folder_that_is_away_at_the_end(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    path = rank_path(tmp_path / "run", 0)
+    file = make(path)
+    fill(file, 50)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    (tmp_path / "run").write_text("no folder")
+    with pytest.raises(UsageError, match=r"cannot write .*rank-00000\.h5"):
+        file.close()
+    file.leave()
+    found = read_rank(rank_path(tmp_path / "elsewhere", 0), 0)
+    assert len(found.events) == 50 and found.closed
+
+
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rank.h5"
     with h5py.File(path, "w") as file:
