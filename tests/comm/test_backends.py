@@ -12,6 +12,7 @@ import pytest
 from hpcasync.comm import BACKENDS, check_backend
 from hpcasync.errors import UsageError
 from tests.cli.cases import run_cases
+from tests.comm.test_world import BARRIER
 from tests.mpi import Lane, MpiRun
 
 HEAD = """
@@ -28,7 +29,8 @@ def same_everywhere(x):
     return len(set(world.gather(bytes(memoryview(x.detach().numpy()).cast("B")) if x.numel() else b""))) == 1
 """
 
-SUMS = """
+SUMS = (
+    """
 c = make_collectives(NAME, world)
 SIZES = (0, 1, 3, 1000, 4097, (1 << 20) // 4 + 1, 1_000_003)
 for dtype in (torch.float32, torch.float64):
@@ -89,21 +91,14 @@ for root in range(P):
         x = full.copy() if me == root else np.ones((3, 4), dtype)
         c.broadcast(x, root)
         assert np.array_equal(x, full)
-# A barrier: rank 0 comes when it has heard of all others that they have not passed.
-pending, word = c.start_barrier() if me else None, np.zeros(1)
-for other in range(1, P):
-    if me == other:
-        assert not any(pending.test() for _ in range(10)), "passed before rank 0 came"
-        world.comm.Send(word, dest=0)
-    elif me == 0:
-        world.comm.Recv(word, source=other)
-pending = pending or c.start_barrier()
-pending.wait()
-assert pending.test()
+"""
+    + BARRIER
+    + """
 c.close()
 c.close()
 assert (lots[1] == P + sum(range(P))).all()  # buffers outlive the backend
 """
+)
 
 TRAIN = """
 def model():

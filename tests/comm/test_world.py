@@ -114,14 +114,14 @@ for c in variants:
 
 BARRIER = """
 # Rank 0 comes when it has heard of all others that they have not passed.
-pending, word = world.collectives.start_barrier() if me else None, np.zeros(1)
+pending, word = c.start_barrier() if me else None, np.zeros(1)
 for other in range(1, P):
     if me == other:
         assert not any(pending.test() for _ in range(10)), "passed before rank 0 came"
         world.comm.Send(word, dest=0)
     elif me == 0:
         world.comm.Recv(word, source=other)
-pending = pending or world.collectives.start_barrier()
+pending = pending or c.start_barrier()
 pending.wait()
 assert pending.test()
 """
@@ -129,7 +129,7 @@ assert pending.test()
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_world_agreement_and_collectives(mpirun: MpiRun, n: int) -> None:
-    done = mpirun(WORLD + AGREE + COLLECTIVES + BARRIER + "print('done')", n, timeout=200)
+    done = mpirun(WORLD + AGREE + COLLECTIVES + "c = world.collectives\n" + BARRIER + "print('done')", n, timeout=200)
     assert done.stdout.count("done") == n
 
 
